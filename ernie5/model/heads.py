@@ -1,0 +1,73 @@
+"""Heads of the four kinds: text (tied), bits, codec levels, and the multi-token-prediction block.
+
+Shapes: N rows that carry a label, D hidden, V vocabulary, d bits, C codebook size.
+"""
+
+from __future__ import annotations
+
+import paddle
+import paddle.nn.functional as F
+from paddle import nn
+
+from ernie5.model.configuration import Ernie5Config
+from ernie5.model.layers import Block, RMSNorm
+from ernie5.ops.attention import IntervalMask
+from ernie5.ops.rope import RopeTables
+
+
+class BitHead(nn.Layer):
+    """d independent two-way classifiers, the "infinite-vocabulary classifier" of Infinity (arXiv 2412.04431)."""
+
+    def __init__(self, config: Ernie5Config) -> None:
+        super().__init__()
+        self.bits = config.vision_bits
+        self.weight = self.create_parameter([config.hidden_size, 2 * self.bits])
+        self.bias = self.create_parameter([2 * self.bits], is_bias=True)
+
+    def forward(self, hidden: paddle.Tensor) -> paddle.Tensor:
+        """[..., D] -> logits [..., d, 2]."""
+        return (paddle.matmul(hidden, self.weight) + self.bias).reshape([*hidden.shape[:-1], self.bits, 2])
+
+
+class AudioHead(nn.Layer):
+    """One codec level: its own norm, then C codes and the end of audio (DnD-Transformer, arXiv 2410.01912)."""
+
+    def __init__(self, config: Ernie5Config) -> None:
+        super().__init__()
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.weight = self.create_parameter([config.hidden_size, config.audio_codebook_size + 1])
+
+    def forward(self, hidden: paddle.Tensor) -> paddle.Tensor:
+        return paddle.matmul(self.norm(hidden), self.weight)
+
+
+class MultiTokenPrediction(nn.Layer):
+    """Depth-1 MTP: state of position i and embedding of token i+1 through one more block predict token i+2.
+
+    Form of DeepSeek-V3 (arXiv 2412.19437 §2.2), embedding and output head shared with the backbone.
+    """
+
+    def __init__(self, config: Ernie5Config) -> None:
+        super().__init__()
+        self.norm_hidden = RMSNorm(config.hidden_size, config.norm_eps)
+        self.norm_embed = RMSNorm(config.hidden_size, config.norm_eps)
+        self.proj = nn.Linear(2 * config.hidden_size, config.hidden_size, bias_attr=False)
+        self.block = Block(config)
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+
+    def forward(
+        self,
+        hidden: paddle.Tensor,
+        next_embedding: paddle.Tensor,
+        rope: RopeTables,
+        mask: IntervalMask,
+        valid: paddle.Tensor,
+    ) -> paddle.Tensor:
+        """hidden and next_embedding [B,S,D] -> [B,S,D], ready for the text head."""
+        joined = paddle.concat([self.norm_hidden(hidden), self.norm_embed(next_embedding)], axis=-1)
+        return self.norm(self.block(self.proj(joined), rope, mask, valid))
+
+
+def text_logits(hidden: paddle.Tensor, embedding: paddle.Tensor) -> paddle.Tensor:
+    """[..., D] x tied embedding [V,D] -> [..., V]."""
+    return F.linear(hidden, embedding.t())

@@ -1,0 +1,36 @@
+"""Initial values from the parameter's global name and the seed, so that every layout starts from the same model."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import paddle
+from paddle import nn
+
+
+def named_generator(name: str, seed: int) -> np.random.Generator:
+    """A generator that depends on ``name`` and ``seed`` alone, on every machine and in every process."""
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
+
+
+def initialise(model: nn.Layer, seed: int, std: float, num_layers: int) -> None:
+    """Fills every parameter in place: norms 1, biases 0, matrices normal.
+
+    Matrices get ``std``, those that write into the residual stream ``std / sqrt(2 * num_layers)``; ``std = 0`` means
+    1/sqrt(fan-in) for all of them.
+    """
+    residual = (2 * num_layers) ** -0.5
+    for name, parameter in model.named_parameters():
+        leaf = name.rsplit(".", 1)[-1]
+        if leaf == "bias":
+            value = np.zeros(parameter.shape)
+        elif len(parameter.shape) == 1:
+            value = np.ones(parameter.shape)
+        else:
+            scale = std if std > 0 else parameter.shape[-2] ** -0.5
+            if name.endswith(("o_proj.weight", "experts.down", "shared.down")):
+                scale *= residual
+            value = named_generator(name, seed).standard_normal(parameter.shape, dtype=np.float32) * scale
+        parameter.set_value(paddle.to_tensor(value.astype(str(parameter.dtype).rsplit(".", 1)[-1])))

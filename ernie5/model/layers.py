@@ -1,0 +1,184 @@
+"""RMSNorm, attention, mixture of experts, and the block made of them.
+
+Shapes: B batch, S positions of this call, M positions so far (cache included), D hidden, T = B*S tokens.
+"""
+
+from __future__ import annotations
+
+import paddle
+import paddle.nn.functional as F
+from paddle import nn
+from paddle.autograd import PyLayer
+
+from ernie5.model.configuration import Ernie5Config
+from ernie5.ops.attention import IntervalMask, flashmask_attention
+from ernie5.ops.experts import moe_ffn
+from ernie5.ops.rope import RopeTables, uni_rope
+from ernie5.ops.route import route
+
+
+class _RMSNorm(PyLayer):
+    """x / rms(x) * weight with its gradient written out: half the passes over memory that autograd would make."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        inverse = paddle.rsqrt((x * x).mean(-1, keepdim=True) + eps)
+        normed = x * inverse
+        ctx.save_for_backward(normed, inverse, weight)
+        return normed * weight
+
+    @staticmethod
+    def backward(ctx, grad):
+        normed, inverse, weight = ctx.saved_tensor()
+        product = grad * normed
+        scaled = paddle.matmul(product, weight.unsqueeze(-1)) / weight.shape[0]
+        ones = paddle.ones([1, product.size // product.shape[-1]], dtype=product.dtype)
+        grad_weight = paddle.matmul(ones, product.reshape([-1, product.shape[-1]])).flatten()
+        return (grad * weight - normed * scaled) * inverse, grad_weight
+
+
+class RMSNorm(nn.Layer):
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = self.create_parameter([dim], default_initializer=nn.initializer.Constant(1.0))
+        self.eps = eps
+
+    def forward(self, x: paddle.Tensor) -> paddle.Tensor:
+        return _RMSNorm.apply(x, self.weight, self.eps)
+
+
+class LayerCache:
+    """Keys and values [B,M,G,h] of one layer, growing with every call that carries the cache."""
+
+    def __init__(self) -> None:
+        self.k: paddle.Tensor | None = None
+        self.v: paddle.Tensor | None = None
+
+    def append(self, k: paddle.Tensor, v: paddle.Tensor) -> tuple[paddle.Tensor, paddle.Tensor]:
+        self.k = k if self.k is None else paddle.concat([self.k, k], axis=1)
+        self.v = v if self.v is None else paddle.concat([self.v, v], axis=1)
+        return self.k, self.v
+
+
+class Attention(nn.Layer):
+    """Grouped-query attention with Uni-RoPE under an interval mask."""
+
+    def __init__(self, config: Ernie5Config) -> None:
+        super().__init__()
+        self.heads, self.groups, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+        hidden = config.hidden_size
+        self.q_proj = nn.Linear(hidden, self.heads * self.head_dim, bias_attr=False)
+        self.k_proj = nn.Linear(hidden, self.groups * self.head_dim, bias_attr=False)
+        self.v_proj = nn.Linear(hidden, self.groups * self.head_dim, bias_attr=False)
+        self.o_proj = nn.Linear(self.heads * self.head_dim, hidden, bias_attr=False)
+
+    def forward(
+        self,
+        x: paddle.Tensor,
+        rope: RopeTables,
+        mask: IntervalMask,
+        cache: LayerCache | None = None,
+    ) -> paddle.Tensor:
+        batch, length, _ = x.shape
+        q = uni_rope(self.q_proj(x), rope).reshape([batch, length, self.heads, self.head_dim])
+        k = uni_rope(self.k_proj(x), rope).reshape([batch, length, self.groups, self.head_dim])
+        v = self.v_proj(x).reshape([batch, length, self.groups, self.head_dim])
+        if cache is not None:
+            k, v = cache.append(k, v)
+        return self.o_proj(flashmask_attention(q, k, v, mask).reshape([batch, length, -1]))
+
+
+class Router(nn.Layer):
+    """fp32 gate on the token state alone. ``correction_bias`` [E] moves the selection, never the weights (report §2.1).
+
+    In training it counts the tokens of every expert in ``counts`` for the bias update; a recomputed forward, padding
+    and evaluation never count.
+    """
+
+    def __init__(self, config: Ernie5Config) -> None:
+        super().__init__()
+        self.weight = self.create_parameter([config.hidden_size, config.num_experts])
+        self.register_buffer("correction_bias", paddle.zeros([config.num_experts], dtype=self.weight.dtype))
+        self.counts = paddle.zeros([config.num_experts], dtype="int64")
+        self.top_k = config.experts_per_token
+        self.activation = config.router_activation
+        self.scale = config.routed_scaling_factor
+        self.recomputing = False
+
+    def forward(self, x: paddle.Tensor, valid: paddle.Tensor) -> tuple[paddle.Tensor, paddle.Tensor]:
+        """x [T,D], valid bool [T] -> experts int64 [T,K] (-1 on padding), weights [T,K]."""
+        routing = route(x, self.weight, self.correction_bias, valid, self.top_k, self.activation, self.scale)
+        if self.training and not self.recomputing:
+            self.counts = self.counts + routing.counts
+        return routing.experts, routing.weights
+
+    @paddle.no_grad()
+    def update_bias(self, speed: float) -> None:
+        """b += speed * sign(mean load - load), then forgets the counts (Wang et al., arXiv 2408.15664)."""
+        load = self.counts.astype(self.correction_bias.dtype)
+        self.correction_bias.set_value(self.correction_bias + speed * paddle.sign(load.mean() - load))
+        self.counts = paddle.zeros_like(self.counts)
+
+
+class Experts(nn.Layer):
+    """All routed experts, stacked: ``gate_up`` [E,D,2F] (gate first), ``down`` [E,F,D]."""
+
+    def __init__(self, config: Ernie5Config) -> None:
+        super().__init__()
+        experts, hidden, width = config.num_experts, config.hidden_size, config.expert_intermediate_size
+        self.gate_up = self.create_parameter([experts, hidden, 2 * width])
+        self.down = self.create_parameter([experts, width, hidden])
+
+    def forward(self, x: paddle.Tensor, experts: paddle.Tensor, weights: paddle.Tensor) -> paddle.Tensor:
+        return moe_ffn(x, experts, weights, self.gate_up, self.down)
+
+
+class SharedExpert(nn.Layer):
+    def __init__(self, hidden: int, width: int) -> None:
+        super().__init__()
+        self.gate_up = self.create_parameter([hidden, 2 * width])
+        self.down = self.create_parameter([width, hidden])
+
+    def forward(self, x: paddle.Tensor) -> paddle.Tensor:
+        return paddle.matmul(F.swiglu(paddle.matmul(x, self.gate_up)), self.down)
+
+
+class MoE(nn.Layer):
+    """Router, routed experts and the optional shared expert; padding passes through none of the routed ones."""
+
+    def __init__(self, config: Ernie5Config) -> None:
+        super().__init__()
+        self.router = Router(config)
+        self.experts = Experts(config)
+        width = config.shared_expert_intermediate_size
+        self.shared = SharedExpert(config.hidden_size, width) if width else None
+
+    def forward(self, x: paddle.Tensor, valid: paddle.Tensor) -> paddle.Tensor:
+        tokens = x.reshape([-1, x.shape[-1]])
+        experts, weights = self.router(tokens, valid.flatten())
+        out = self.experts(tokens, experts, weights)
+        if self.shared is not None:
+            out = out + self.shared(tokens)
+        return out.reshape(x.shape)
+
+
+class Block(nn.Layer):
+    """x + Attention(norm(x)), then + MoE(norm(x)); every block is MoE (report §6.4.1)."""
+
+    def __init__(self, config: Ernie5Config) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.attention = Attention(config)
+        self.moe_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.moe = MoE(config)
+
+    def forward(
+        self,
+        x: paddle.Tensor,
+        rope: RopeTables,
+        mask: IntervalMask,
+        valid: paddle.Tensor,
+        cache: LayerCache | None = None,
+    ) -> paddle.Tensor:
+        x = x + self.attention(self.attention_norm(x), rope, mask, cache)
+        return x + self.moe(self.moe_norm(x), valid)

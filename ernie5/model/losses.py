@@ -1,0 +1,77 @@
+"""One loss per modality, and the posterior weighting that makes one scalar of them.
+
+Shapes: N labelled rows. All losses are means weighted by ``loss_weight``, in nats; bits are averaged over the d bits.
+"""
+
+from __future__ import annotations
+
+import paddle
+import paddle.nn.functional as F
+from paddle import nn
+
+from ernie5.sequence.vocabulary import IGNORE, MODALITIES
+
+
+def weighted_mean(values: paddle.Tensor, weights: paddle.Tensor) -> paddle.Tensor:
+    return (values * weights).sum() / paddle.clip(weights.sum(), min=1e-12)
+
+
+def token_loss(logits: paddle.Tensor, labels: paddle.Tensor) -> paddle.Tensor:
+    """Cross entropy of each row: logits [N,V], labels [N] -> [N]."""
+    return F.cross_entropy(logits, labels, reduction="none").reshape([-1])
+
+
+def bit_loss(logits: paddle.Tensor, labels: paddle.Tensor) -> paddle.Tensor:
+    """Mean two-way cross entropy over the labelled bits of each row: logits [N,d,2], labels [N,d] (-100 = unused) -> [N]."""
+    used = (labels != IGNORE).astype(logits.dtype)
+    sign = labels.astype(logits.dtype) * 2 - 1
+    wrong = F.softplus(-sign * (logits[..., 1] - logits[..., 0])) * used
+    return wrong.sum(-1) / paddle.clip(used.sum(-1), min=1.0)
+
+
+class LossWeights(nn.Layer):
+    """Posterior-based weighting: every modality's loss is rescaled to the same interval (report §3.2).
+
+    An exponential mean of each observed loss gives w_m = clip(geometric mean of all / mean_m, minimum, maximum), a
+    constant for the gradient. The report does not print a formula; this reading is ours. ``fixed`` factors multiply it.
+    ``ema`` [4] is saved with the model, so a resumed run weighs as the uninterrupted one; 0 = never observed.
+    """
+
+    def __init__(self, momentum: float = 0.98) -> None:
+        super().__init__()
+        self.register_buffer("ema", paddle.zeros([len(MODALITIES)], dtype="float32"))
+        self.momentum = momentum
+        self.mtp, self.minimum, self.maximum = 0.3, 0.5, 2.0
+        self.fixed = dict.fromkeys(MODALITIES, 1.0)
+
+    def forward(self, losses: dict[str, paddle.Tensor]) -> paddle.Tensor:
+        """Modality -> scalar loss (absent = not in this batch; "mtp" joins text with its own factor) -> weighted sum."""
+        if self.training:
+            self._observe(losses)
+        weights = self._weights()
+        terms = [losses[name] * weights[name] for name in MODALITIES if name in losses]
+        if "mtp" in losses:
+            terms.append(losses["mtp"] * (self.mtp * weights["text"]))
+        return paddle.add_n(terms)
+
+    @paddle.no_grad()
+    def _observe(self, losses: dict[str, paddle.Tensor]) -> None:
+        ema = self.ema.numpy().copy()
+        for i, name in enumerate(MODALITIES):
+            if name in losses:
+                value = float(losses[name])
+                ema[i] = value if ema[i] == 0 else self.momentum * ema[i] + (1 - self.momentum) * value
+        self.ema.set_value(paddle.to_tensor(ema))
+
+    def _weights(self) -> dict[str, float]:
+        ema = {name: float(value) for name, value in zip(MODALITIES, self.ema.numpy(), strict=True)}
+        seen = [max(value, 1e-3) for value in ema.values() if value > 0]
+        if not seen:
+            return dict(self.fixed)
+        reference = 1.0
+        for value in seen:
+            reference *= value ** (1 / len(seen))
+        return {
+            name: self.fixed[name] * (min(max(reference / max(value, 1e-3), self.minimum), self.maximum) if value > 0 else 1.0)
+            for name, value in ema.items()
+        }

@@ -1,0 +1,217 @@
+"""``Ernie5ForCausalLM``: embeddings -> blocks -> heads; the codec heads sit between the top Q blocks (report §2.3.2).
+
+Shapes: B batch, S positions, D hidden, L layers, Q codec levels, d bits, E experts.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import paddle
+import paddle.nn.functional as F
+from paddle import nn
+
+from ernie5.model.configuration import Ernie5Config
+from ernie5.model.embedding import Embedding
+from ernie5.model.heads import AudioHead, BitHead, MultiTokenPrediction, text_logits
+from ernie5.model.initialise import initialise
+from ernie5.model.layers import Block, LayerCache, MoE, RMSNorm
+from ernie5.model.losses import LossWeights, bit_loss, token_loss, weighted_mean
+from ernie5.ops.attention import IntervalMask
+from ernie5.ops.rope import rope_tables
+from ernie5.paddlenlp import PretrainedModel
+from ernie5.sequence.vocabulary import IGNORE, Kind, Special
+
+
+class Ernie5PretrainedModel(PretrainedModel):
+    config_class = Ernie5Config
+    base_model_prefix = "ernie5"
+    main_input_name = "input_ids"
+
+    def _init_weights(self, layer: nn.Layer) -> None:
+        """Nothing: ``initialise`` fills the whole model by parameter name."""
+
+
+class Ernie5ForCausalLM(Ernie5PretrainedModel):
+    """One model that reads and predicts text, images, video and audio.
+
+    ``forward(**batch)`` takes the batch fields of ``ernie5.sequence.packing.collate`` and returns ``loss``, ``losses``
+    (text, mtp, image, video, audio, those present) and ``tokens`` (positions that are not padding).
+    """
+
+    def __init__(self, config: Ernie5Config, seed: int = 0) -> None:
+        super().__init__(config)
+        self.embedding = Embedding(config)
+        self.layers = nn.LayerList([Block(config) for _ in range(config.num_layers)])
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.bit_head = BitHead(config)
+        self.audio_heads = nn.LayerList([AudioHead(config) for _ in range(config.audio_levels)])
+        self.mtp = MultiTokenPrediction(config) if config.mtp_depth else None
+        self.loss_weights = LossWeights()
+        if not _is_lazy(self.norm.weight):
+            self.initialise(seed)
+
+    def save_pretrained(self, save_dir: str, **kwargs: object) -> None:
+        """``config.json`` and safetensors weights in ``save_dir``."""
+        kwargs.setdefault("safe_serialization", True)
+        super().save_pretrained(save_dir, **kwargs)
+
+    def initialise(self, seed: int) -> None:
+        """Fills every parameter from its name and ``seed``."""
+        initialise(self, seed, self.config.initializer_range, self.config.num_layers)
+
+    def set_loss_weights(self, mtp: float, minimum: float, maximum: float, fixed: dict[str, float] | None = None) -> None:
+        """MTP factor, clip of the posterior weights, and fixed factors per modality on top of them."""
+        self.loss_weights.mtp, self.loss_weights.minimum, self.loss_weights.maximum = mtp, minimum, maximum
+        self.loss_weights.fixed.update(fixed or {})
+
+    # ------------------------------------------------------------------ pieces, shared by training and decoding
+
+    def embed(self, batch: dict[str, paddle.Tensor]) -> paddle.Tensor:
+        """Batch fields -> [B,S,D]."""
+        return self.embedding(batch)
+
+    def new_cache(self, batch_size: int = 0, max_length: int = 0) -> list[LayerCache]:
+        """One empty key/value cache a layer; it grows by concatenation, so the sizes are only hints."""
+        return [LayerCache() for _ in self.layers]
+
+    def run_layers(
+        self,
+        hidden: paddle.Tensor,
+        positions: paddle.Tensor,
+        attention_intervals: paddle.Tensor,
+        valid: paddle.Tensor,
+        cache: list[LayerCache] | None = None,
+        query_start: int = 0,
+        first: int = 0,
+        last: int | None = None,
+    ) -> paddle.Tensor:
+        """Blocks ``first .. last-1`` on hidden [B,n,D], rows ``query_start ..`` of the sequence.
+
+        positions [B,n,3]; attention_intervals [B,1,query_start+n,4]; valid bool [B,n], False on padding.
+        """
+        rope, mask = self._context(positions, attention_intervals, query_start)
+        last = len(self.layers) if last is None else last
+        for i in range(first, last):
+            hidden = self.layers[i](hidden, rope, mask, valid, cache[i] if cache is not None else None)
+        return hidden
+
+    def text_logits(self, hidden: paddle.Tensor) -> paddle.Tensor:
+        """Rows of the last block's output [...,D] -> [...,V]."""
+        return text_logits(self.norm(hidden), self.embedding.tokens.weight)
+
+    def bit_logits(self, hidden: paddle.Tensor) -> paddle.Tensor:
+        """Rows of the last block's output [...,D] -> [...,d,2]."""
+        return self.bit_head(self.norm(hidden))
+
+    def audio_logits(self, hidden: paddle.Tensor, level: int) -> paddle.Tensor:
+        """Rows after block L-Q+1+level (counted from 1) -> [..., C+1]; class C ends the audio."""
+        return self.audio_heads[level](hidden)
+
+    def audio_feedback(self, codes: paddle.Tensor, level: int) -> paddle.Tensor:
+        """Code of ``level`` -> what is added to the state before the next block, [...,D]."""
+        return self.embedding.audio.level(codes, level)
+
+    # ------------------------------------------------------------------ training
+
+    def forward(self, **batch: paddle.Tensor) -> dict[str, object]:
+        valid = batch["input_ids"] != Special.PAD
+        rope, mask = self._context(batch["positions"], batch["attention_intervals"], 0)
+        hidden = self.embed(batch)
+        labels_audio = batch["labels_audio"]
+        at_audio = paddle.nonzero(labels_audio[..., 0].flatten() != IGNORE).flatten()
+        has_audio = at_audio.shape[0] > 0
+        codes = labels_audio.reshape([-1, labels_audio.shape[-1]]).gather(at_audio) if has_audio else None
+        audio_losses: list[paddle.Tensor] = []
+        top = len(self.layers) - self.config.audio_levels
+        for i, block in enumerate(self.layers):
+            hidden = self._run_block(block, hidden, rope, mask, valid)
+            if i >= top and has_audio:
+                level = i - top
+                rows = hidden.reshape([-1, hidden.shape[-1]]).gather(at_audio)
+                audio_losses.append(token_loss(self.audio_logits(rows, level), codes[:, level]))
+                if i + 1 < len(self.layers):
+                    hidden = hidden + self.audio_feedback(labels_audio[..., level], level)
+        losses = self._losses(hidden, batch, rope, mask, valid)
+        if has_audio:
+            weights = batch["loss_weight"].flatten().gather(at_audio)
+            losses["audio"] = weighted_mean(paddle.stack(audio_losses, -1).mean(-1), weights)
+        if not losses:
+            raise ValueError("the batch has no labelled position; every row must hold at least one target")
+        return {"loss": self.loss_weights(losses), "losses": losses, "tokens": valid.sum()}
+
+    def _run_block(self, block, hidden, rope, mask, valid) -> paddle.Tensor:
+        if not (self.config.recompute and self.training):
+            return block(hidden, rope, mask, valid)
+        return _recompute(block, hidden, rope, mask, valid)
+
+    def _losses(self, hidden, batch, rope, mask, valid) -> dict[str, paddle.Tensor]:
+        losses = {}
+        flat = hidden.reshape([-1, hidden.shape[-1]])
+        weight = batch["loss_weight"].flatten()
+
+        def at(labels: paddle.Tensor) -> paddle.Tensor:
+            return paddle.nonzero(labels != IGNORE).flatten()
+
+        labels = batch["labels_text"].flatten()
+        rows = at(labels)
+        if rows.shape[0]:
+            values = token_loss(self.text_logits(flat.gather(rows)), labels.gather(rows))
+            losses["text"] = weighted_mean(values, weight.gather(rows))
+        labels = batch["labels_mtp"].flatten()
+        rows = at(labels) if self.mtp is not None else paddle.zeros([0])
+        if rows.shape[0]:
+            ahead = F.pad(batch["input_ids"][:, 1:], [0, 1], value=0)
+            state = self.mtp(hidden, self.embedding.tokens(ahead), rope, mask, valid)
+            logits = text_logits(state.reshape(flat.shape).gather(rows), self.embedding.tokens.weight)
+            losses["mtp"] = weighted_mean(token_loss(logits, labels.gather(rows)), weight.gather(rows))
+        labels = batch["labels_bits"].reshape([-1, self.config.vision_bits])
+        kind = batch["kind"].flatten()
+        for name, wanted in (("image", Kind.IMAGE_GEN), ("video", Kind.VIDEO_GEN)):
+            rows = paddle.nonzero((labels[:, 0] != IGNORE) & (kind == int(wanted))).flatten()
+            if rows.shape[0]:
+                values = bit_loss(self.bit_logits(flat.gather(rows)), labels.gather(rows))
+                losses[name] = weighted_mean(values, weight.gather(rows))
+        return losses
+
+    def _context(self, positions, intervals, query_start):
+        config = self.config
+        rope = rope_tables(
+            positions.astype(self.norm.weight.dtype), config.head_dim, config.rope_base, config.rope_pattern
+        )
+        return rope, IntervalMask(intervals, positions.shape[1], query_start)
+
+    # ------------------------------------------------------------------ routing
+
+    def routers(self) -> list[nn.Layer]:
+        """Every router, bottom to top, the MTP block's last."""
+        return [layer.router for layer in self.sublayers() if isinstance(layer, MoE)]
+
+    def update_router_bias(self, speed: float) -> None:
+        """Aux-loss-free balancing after an optimiser step, from the tokens counted since the last call."""
+        for router in self.routers():
+            router.update_bias(speed)
+
+    def expert_load(self) -> np.ndarray:
+        """int64 [routers, E]: tokens of each expert since the last bias update."""
+        return np.stack([router.counts.numpy() for router in self.routers()])
+
+
+def _is_lazy(parameter: paddle.Tensor) -> bool:
+    """True for a parameter declared under ``paddle.LazyGuard``, which has a shape but no memory."""
+    return not parameter._is_initialized()
+
+
+def _recompute(block: Block, hidden, rope, mask, valid) -> paddle.Tensor:
+    """Block without kept activations; its router does not count the second pass."""
+    from paddle.distributed.fleet.utils import recompute
+
+    router, passes = block.moe.router, []
+
+    def run(x: paddle.Tensor) -> paddle.Tensor:
+        router.recomputing = bool(passes)
+        passes.append(None)
+        out = block(x, rope, mask, valid)
+        router.recomputing = False
+        return out
+
+    return recompute(run, hidden)

@@ -1,0 +1,211 @@
+import copy
+
+import numpy as np
+import paddle
+import pytest
+
+from ernie5.config import num_params
+from ernie5.model import Ernie5ForCausalLM
+from ernie5.sequence.vocabulary import IGNORE, Special
+from tests.model.helpers import SPEC, batch_of, samples, tiny_config, tiny_model
+
+
+def hidden_states(model, batch):
+    """State after every block, with the codec feedback of training; [B,S,D] each."""
+    seen = []
+    hooks = [layer.register_forward_post_hook(lambda _, __, out: seen.append(out.numpy())) for layer in model.layers]
+    model(**batch)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+@pytest.mark.parametrize("name", list(samples(np.random.default_rng(0))))
+def test_every_modality_has_finite_losses_and_gradients(name):
+    model = tiny_model()
+    out = model(**batch_of([[samples(np.random.default_rng(0))[name]]]))
+    out["loss"].backward()
+    expected = {"image_gen": {"text", "mtp", "image"}, "video_gen": {"text", "mtp", "video"}, "audio_gen": {"text", "mtp", "audio"}}
+    assert set(out["losses"]) == expected.get(name, {"text", "mtp"})
+    assert all(np.isfinite(p.grad.numpy()).all() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("name", ["text", "image_gen", "video_gen", "audio_gen", "audio_und"])
+def test_later_groups_change_nothing_before(name):
+    """Replacing everything after a group boundary leaves all states up to it, at every block."""
+    rng = np.random.default_rng(2)
+    model = tiny_model()
+    model.eval()
+    batch = batch_of([[samples(rng)[name]]])
+    length = int((batch["input_ids"] != Special.PAD).sum())
+    starts = batch["attention_intervals"].numpy()[0, 0, :length, 3]
+    boundary = int(np.unique(starts)[len(np.unique(starts)) // 2])
+    changed = {key: value.clone() for key, value in batch.items()}
+    changed["input_ids"][:, boundary:length] = paddle.where(
+        batch["input_ids"][:, boundary:length] >= 16, paddle.to_tensor(20), batch["input_ids"][:, boundary:length]
+    )
+    if batch["vision_index"].shape[0]:
+        later = (batch["vision_index"] >= boundary).unsqueeze(-1).astype("float64")
+        changed["vision_features"] = batch["vision_features"] + later
+    for key in ("audio_codes", "labels_audio"):
+        values = changed[key].numpy()
+        first = boundary if key == "audio_codes" else boundary  # the label at p feeds position p itself
+        tail = values[:, first:]
+        tail[(tail >= 0) & (tail < SPEC.codebook_size)] = 1
+        changed[key] = paddle.to_tensor(values)
+    before, after = hidden_states(model, batch), hidden_states(model, changed)
+    for a, b in zip(before, after, strict=True):
+        np.testing.assert_allclose(a[:, :boundary], b[:, :boundary], atol=1e-12)
+    assert not np.allclose(before[-1][:, boundary:length], after[-1][:, boundary:length])
+
+
+def test_documents_in_a_row_are_independent():
+    """Changing the first document changes no state of the second, and packing equals a row of its own."""
+    rng = np.random.default_rng(3)
+    model = tiny_model()
+    model.eval()
+    made = samples(rng)
+    second = made["audio_gen"]
+    states = [hidden_states(model, batch_of([[first, second]])) for first in (made["text"], made["image_und"])]
+    alone = hidden_states(model, batch_of([[second]]))
+    length = len("say") + 1 + 1 + 6 + 1 + 2
+    starts = [2 + len("to be or not"), 2 + 3 + 4 + len("what?seven")]
+    for state, start in zip(states, starts, strict=True):
+        for layer, reference in zip(state, alone, strict=True):
+            np.testing.assert_allclose(layer[0, start : start + length], reference[0, :length], atol=1e-10)
+
+
+def test_padding_is_never_routed():
+    model = tiny_model()
+    model.train()
+    batch = batch_of([[samples(np.random.default_rng(0))["text"]]])
+    model(**batch)
+    tokens = int((batch["input_ids"] != Special.PAD).sum())
+    assert (model.expert_load().sum(axis=1) == tokens * model.config.experts_per_token).all()
+
+
+def test_bias_update_moves_load_towards_the_mean_and_evaluation_does_not_count():
+    model = tiny_model()
+    batch = batch_of([list(samples(np.random.default_rng(0)).values())[:3]])
+    model.eval()
+    model(**batch)
+    assert model.expert_load().sum() == 0
+    model.train()
+    spread = []
+    for _ in range(60):
+        model(**batch)
+        spread.append(model.expert_load().std(axis=1).mean())
+        model.update_router_bias(0.02)
+    assert np.mean(spread[-5:]) < 0.6 * spread[0]
+    assert model.expert_load().sum() == 0, "the update forgets the counts"
+
+
+def test_losses_equal_a_float64_reference():
+    """Text: weighted mean of -log p; bits: mean over bits; audio: mean over levels. All from the public logits."""
+    rng = np.random.default_rng(5)
+    model = tiny_model()
+    model.eval()
+    made = samples(rng)
+    batch = batch_of([[made["text"], made["image_gen"]], [made["audio_gen"]]])
+    out = model(**batch)
+    states = hidden_states(model, batch)
+    weight = batch["loss_weight"].numpy()
+
+    def log_softmax(x):
+        x = x - x.max(-1, keepdims=True)
+        return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+    labels = batch["labels_text"].numpy()
+    at = labels != IGNORE
+    logits = log_softmax(model.text_logits(paddle.to_tensor(states[-1][at])).numpy())
+    text = -(logits[np.arange(at.sum()), labels[at]] * weight[at]).sum() / weight[at].sum()
+    assert float(out["losses"]["text"]) == pytest.approx(text, rel=1e-10)
+    bits = batch["labels_bits"].numpy()
+    at = bits[..., 0] != IGNORE
+    logits = log_softmax(model.bit_logits(paddle.to_tensor(states[-1][at])).numpy())
+    values = -np.take_along_axis(logits, bits[at][..., None], -1)[..., 0].mean(-1)
+    assert float(out["losses"]["image"]) == pytest.approx((values * weight[at]).sum() / weight[at].sum(), rel=1e-10)
+    codes = batch["labels_audio"].numpy()
+    at = codes[..., 0] != IGNORE
+    values = 0.0
+    for level in range(SPEC.levels):
+        state = states[model.config.num_layers - SPEC.levels + level]
+        logits = log_softmax(model.audio_logits(paddle.to_tensor(state[at]), level).numpy())
+        values = values - logits[np.arange(at.sum()), codes[at][:, level]] / SPEC.levels
+    assert float(out["losses"]["audio"]) == pytest.approx((values * weight[at]).sum() / weight[at].sum(), rel=1e-10)
+
+
+def test_codec_levels_depend_on_lower_levels_only():
+    """Depth-wise feedback: a code of level q changes the logits of levels above q at its position, none at or below."""
+    model = tiny_model(audio_levels=2)
+    model.eval()
+    batch = batch_of([[samples(np.random.default_rng(0))["audio_gen"]]])
+    labels = batch["labels_audio"].numpy()
+    position = int(np.flatnonzero(labels[0, :, 0] != IGNORE)[2])
+    other = labels.copy()
+    other[0, position, 0] = (other[0, position, 0] + 1) % SPEC.codebook_size
+    states = [hidden_states(model, {**batch, "labels_audio": paddle.to_tensor(x)}) for x in (labels, other)]
+    same = [np.allclose(a[0, position], b[0, position], atol=1e-12) for a, b in zip(*states, strict=True)]
+    assert same == [True, True, False]
+
+
+def test_posterior_weights_bring_losses_to_one_interval():
+    model = tiny_model(dtype="float32")
+    weights = model.loss_weights
+    weights.train()
+    model.set_loss_weights(mtp=0.0, minimum=0.5, maximum=2.0, fixed={"audio": 3.0})
+    for _ in range(3):
+        total = weights({"text": paddle.to_tensor(4.0), "image": paddle.to_tensor(1.0), "audio": paddle.to_tensor(2.0)})
+    middle = (4.0 * 1.0 * 2.0) ** (1 / 3)
+    assert float(total) == pytest.approx(4.0 * middle / 4 + 1.0 * min(middle, 2.0) + 3.0 * 2.0 * middle / 2, rel=1e-5)
+
+
+def test_recomputation_changes_neither_gradients_nor_counts():
+    batch = batch_of([[samples(np.random.default_rng(0))["audio_gen"]]])
+    results = []
+    for recompute in (False, True):
+        model = tiny_model(recompute=recompute)
+        model.train()
+        model(**batch)["loss"].backward()
+        results.append((model.expert_load(), {n: p.grad.numpy() for n, p in model.named_parameters() if p.grad is not None}))
+    np.testing.assert_array_equal(results[0][0], results[1][0])
+    assert set(results[0][1]) == set(results[1][1])
+    for name, grad in results[0][1].items():
+        np.testing.assert_allclose(grad, results[1][1][name], atol=1e-12, err_msg=name)
+
+
+def test_save_and_load_is_bit_equal(tmp_path):
+    model = tiny_model(dtype="float32")
+    model.layers[1].moe.router.correction_bias.set_value(paddle.arange(8, dtype="float32"))
+    model.loss_weights.ema.set_value(paddle.to_tensor([1.0, 2.0, 0.0, 3.0]))
+    model.save_pretrained(str(tmp_path))
+    assert list(tmp_path.glob("*.safetensors")), "weights are safetensors"
+    loaded = Ernie5ForCausalLM.from_pretrained(str(tmp_path))
+    for name, value in model.state_dict().items():
+        np.testing.assert_array_equal(value.numpy(), loaded.state_dict()[name].numpy(), err_msg=name)
+    assert loaded.config.to_model_config() == model.config.to_model_config()
+
+
+def test_initial_values_depend_on_name_and_seed_only():
+    names = {"layers.1.moe.experts.down", "embedding.tokens.weight"}
+    small, deep = tiny_model(dtype="float32"), tiny_model(dtype="float32", num_layers=3, mtp_depth=0)
+    other = Ernie5ForCausalLM(tiny_config(), seed=1)
+    for name in names:
+        value = dict(small.named_parameters())[name].numpy()
+        np.testing.assert_array_equal(value, dict(deep.named_parameters())[name].numpy())
+        assert not np.array_equal(value, dict(other.named_parameters())[name].numpy())
+
+
+def test_lazily_built_model_has_the_counted_parameters():
+    with paddle.LazyGuard():
+        model = Ernie5ForCausalLM(tiny_config())
+    assert sum(int(np.prod(p.shape)) for p in model.parameters()) == num_params(tiny_config().to_model_config()).total
+
+
+def test_a_batch_without_targets_is_refused():
+    batch = copy.copy(batch_of([[samples(np.random.default_rng(0))["text"]]]))
+    for name in ("labels_text", "labels_mtp"):
+        batch[name] = paddle.full_like(batch[name], IGNORE)
+    with pytest.raises(ValueError, match="no labelled position"):
+        tiny_model()(**batch)
+
