@@ -82,11 +82,11 @@ class AudioTokenizerConfig:
     codebook_size: int = 256
     latent_dim: int = 64
     channels: int = 192
-    teacher_steps: int = 600
-    speaker_steps: int = 200
-    codec_steps: int = 1200
-    batch_size: int = 16
-    learning_rate: float = 2.0e-3
+    teacher_steps: int = 700
+    speaker_steps: int = 400
+    codec_steps: int = 800
+    batch_size: int = 16  # recordings; twice as many for the speaker encoder
+    learning_rate: float = 3.0e-3
     weight_semantic: float = 1.0  # distillation of the first code
     weight_commitment: float = 0.25
     speaker_dim: int = 32

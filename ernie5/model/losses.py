@@ -72,6 +72,7 @@ class LossWeights(nn.Layer):
         for value in seen:
             reference *= value ** (1 / len(seen))
         return {
-            name: self.fixed[name] * (min(max(reference / max(value, 1e-3), self.minimum), self.maximum) if value > 0 else 1.0)
+            name: self.fixed[name]
+            * (min(max(reference / max(value, 1e-3), self.minimum), self.maximum) if value > 0 else 1.0)
             for name, value in ema.items()
         }

@@ -59,7 +59,9 @@ class Ernie5ForCausalLM(Ernie5PretrainedModel):
         """Fills every parameter from its name and ``seed``."""
         initialise(self, seed, self.config.initializer_range, self.config.num_layers)
 
-    def set_loss_weights(self, mtp: float, minimum: float, maximum: float, fixed: dict[str, float] | None = None) -> None:
+    def set_loss_weights(
+        self, mtp: float, minimum: float, maximum: float, fixed: dict[str, float] | None = None
+    ) -> None:
         """MTP factor, clip of the posterior weights, and fixed factors per modality on top of them."""
         self.loss_weights.mtp, self.loss_weights.minimum, self.loss_weights.maximum = mtp, minimum, maximum
         self.loss_weights.fixed.update(fixed or {})

@@ -26,7 +26,9 @@ class IntervalMask:
 
     def hidden(self) -> paddle.Tensor:
         """bool [B,1,S,M]: True where the row may not see the column."""
-        rows = paddle.arange(self.query_start, self.query_start + self.length, dtype=self.intervals.dtype).reshape([1, 1, -1, 1])
+        rows = paddle.arange(self.query_start, self.query_start + self.length, dtype=self.intervals.dtype).reshape(
+            [1, 1, -1, 1]
+        )
         lts, lte, uts, ute = (self.intervals[..., i].unsqueeze(2) for i in range(4))
         return ((rows >= lts) & (rows < lte)) | ((rows >= uts) & (rows < ute))
 
@@ -34,9 +36,7 @@ class IntervalMask:
         """0 or ``HIDDEN``, expanded to [B, groups, repeats * S, M] (a same-shape add is several times a broadcast's speed)."""
         key = (groups, repeats, dtype)
         if key not in self._additive:
-            dense = paddle.where(
-                self.hidden(), paddle.full([], HIDDEN, dtype=dtype), paddle.full([], 0.0, dtype=dtype)
-            )
+            dense = paddle.where(self.hidden(), paddle.full([], HIDDEN, dtype=dtype), paddle.full([], 0.0, dtype=dtype))
             self._additive[key] = dense.tile([1, groups, repeats, 1])
         return self._additive[key]
 

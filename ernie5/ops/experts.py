@@ -27,7 +27,9 @@ class _Permutation:
         first = paddle.cumsum(counts) - counts
         rank = paddle.arange(tokens * top_k) - first.gather(expert_of_row)
         size = num_experts * self.capacity
-        row = paddle.where(expert_of_row < num_experts, expert_of_row * self.capacity + rank, paddle.full_like(rank, size))
+        row = paddle.where(
+            expert_of_row < num_experts, expert_of_row * self.capacity + rank, paddle.full_like(rank, size)
+        )
         self.slot = paddle.scatter(paddle.zeros_like(row), order, row)
         source = paddle.full([size + 1], tokens, dtype=row.dtype)
         self.source = paddle.scatter(source, row, order // top_k)[:size]

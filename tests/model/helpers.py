@@ -90,5 +90,6 @@ def batch_of(rows: list[list[Sample]], length: int = SPEC.length, dtype: str = "
     packed = [pack([lay_out(sample, Letters(), SPEC) for sample in row], length) for row in rows]
     arrays = collate(packed)
     return {
-        name: paddle.to_tensor(value.astype(dtype) if value.dtype.kind == "f" else value) for name, value in arrays.items()
+        name: paddle.to_tensor(value.astype(dtype) if value.dtype.kind == "f" else value)
+        for name, value in arrays.items()
     }

@@ -25,7 +25,11 @@ def test_every_modality_has_finite_losses_and_gradients(name):
     model = tiny_model()
     out = model(**batch_of([[samples(np.random.default_rng(0))[name]]]))
     out["loss"].backward()
-    expected = {"image_gen": {"text", "mtp", "image"}, "video_gen": {"text", "mtp", "video"}, "audio_gen": {"text", "mtp", "audio"}}
+    expected = {
+        "image_gen": {"text", "mtp", "image"},
+        "video_gen": {"text", "mtp", "video"},
+        "audio_gen": {"text", "mtp", "audio"},
+    }
     assert set(out["losses"]) == expected.get(name, {"text", "mtp"})
     assert all(np.isfinite(p.grad.numpy()).all() for p in model.parameters() if p.grad is not None)
 
@@ -167,7 +171,9 @@ def test_recomputation_changes_neither_gradients_nor_counts():
         model = tiny_model(recompute=recompute)
         model.train()
         model(**batch)["loss"].backward()
-        results.append((model.expert_load(), {n: p.grad.numpy() for n, p in model.named_parameters() if p.grad is not None}))
+        results.append(
+            (model.expert_load(), {n: p.grad.numpy() for n, p in model.named_parameters() if p.grad is not None})
+        )
     np.testing.assert_array_equal(results[0][0], results[1][0])
     assert set(results[0][1]) == set(results[1][1])
     for name, grad in results[0][1].items():
@@ -208,4 +214,3 @@ def test_a_batch_without_targets_is_refused():
         batch[name] = paddle.full_like(batch[name], IGNORE)
     with pytest.raises(ValueError, match="no labelled position"):
         tiny_model()(**batch)
-

@@ -1,0 +1,78 @@
+"""English prose that comes with Python: the language reference's topics and the standard library's docstrings."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sysconfig
+from functools import lru_cache
+from pathlib import Path
+
+from ernie5.data.source import check_split, fraction
+from ernie5.sequence.parts import Sample, Text
+
+HELDOUT_SHARE = 0.1
+SKIPPED = {"test", "tests", "idlelib", "site-packages", "lib2to3", "pydoc_data", "encodings", "__pycache__"}
+SHORTEST = 120  # characters of a docstring worth reading
+
+
+class TextSource:
+    """Samples of ``text``, one per topic or module. Split by the hash of its name; ``meta`` has the name.
+
+    ``characters`` caps the docstrings that join the topics in training.
+    """
+
+    tasks = ("text",)
+    feeds = frozenset({"text"})
+
+    def __init__(self, characters: int = 1_000_000) -> None:
+        self.characters = characters
+
+    def samples(self, split: str) -> list[Sample]:
+        check_split(split)
+        documents = {f"topic {name}": text for name, text in _topics().items()} | _docstrings(self.characters)
+        wanted = split == "heldout"
+        chosen = [(n, t) for n, t in documents.items() if (fraction(n) < HELDOUT_SHARE) == wanted]
+        return [Sample([Text(text)], "text", {"name": name}) for name, text in chosen]
+
+
+@lru_cache(maxsize=1)
+def _topics() -> dict[str, str]:
+    from pydoc_data.topics import topics
+
+    return {name: _tidy(text) for name, text in sorted(topics.items()) if len(text) > SHORTEST}
+
+
+@lru_cache(maxsize=2)
+def _docstrings(characters: int) -> dict[str, str]:
+    """ "module PATH" -> its docstrings, each once; modules in order of their hash until ``characters`` are found."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    names = {f"module {path.relative_to(root)}": path for path in root.rglob("*.py")}
+    seen: set[str] = set()
+    found = {}
+    for name in sorted(names, key=fraction):
+        if characters <= 0:
+            break
+        texts = [text for text in _module_docstrings(names[name], root) if text not in seen]
+        if texts:
+            seen.update(texts)
+            found[name] = "\n\n".join(texts)
+            characters -= len(found[name])
+    return found
+
+
+def _module_docstrings(path: Path, root: Path) -> list[str]:
+    if SKIPPED & set(path.relative_to(root).parts) or path.stat().st_size > 400_000:
+        return []
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    except (SyntaxError, UnicodeDecodeError):
+        return []
+    nodes = [node for node in ast.walk(tree) if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)]
+    texts = (_tidy(ast.get_docstring(node) or "") for node in nodes)
+    return list(dict.fromkeys(text for text in texts if len(text) >= SHORTEST and ">>>" not in text))
+
+
+def _tidy(text: str) -> str:
+    """Without trailing blanks and runs of empty lines."""
+    return re.sub(r"\n{3,}", "\n\n", re.sub(r"[ \t]+\n", "\n", text)).strip()

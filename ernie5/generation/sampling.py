@@ -1,0 +1,79 @@
+"""Random choices from logits, in numpy: one generator a prompt, so a result does not depend on its neighbours.
+
+P prompts, V classes, n codes of a scale, d bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to choose. ``temperature`` 0 takes the most likely; ``top_k`` 0 and ``top_p`` 1 keep every class."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature: found {self.temperature}, expected a number from 0 (most likely) upwards")
+        if self.top_k < 0:
+            raise ValueError(f"top_k: found {self.top_k}, expected 0 (every class) or a positive count")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p: found {self.top_p}, expected a share above 0 and up to 1")
+
+
+class Sampler:
+    """Draws with one generator a prompt, seeded by (seed, number of the prompt)."""
+
+    def __init__(self, sampling: Sampling, seed: int, prompts: int) -> None:
+        self.sampling = sampling
+        self._generators = [np.random.default_rng([seed, prompt]) for prompt in range(prompts)]
+
+    def classes(self, logits: np.ndarray) -> np.ndarray:
+        """One class of each row: logits [P, V] (-inf = impossible) -> int64 [P]."""
+        if self.sampling.temperature == 0:
+            return logits.argmax(-1)
+        edges = np.cumsum(class_probabilities(logits, self.sampling), axis=-1)
+        return (edges < self._uniform((1,)) * edges[:, -1:]).sum(-1)
+
+    def bits(self, logits: np.ndarray) -> np.ndarray:
+        """Every bit on its own: logits [P, n, d, 2] -> uint8 [P, n, d]."""
+        margin = (logits[..., 1] - logits[..., 0]).astype(np.float64)
+        if self.sampling.temperature == 0:
+            return (margin > 0).astype(np.uint8)
+        odds = np.clip(margin / self.sampling.temperature, -500, 500)
+        return (self._uniform(margin.shape[1:]) < 1 / (1 + np.exp(-odds))).astype(np.uint8)
+
+    def _uniform(self, shape: Sequence[int]) -> np.ndarray:
+        return np.stack([generator.random(shape) for generator in self._generators])
+
+
+def class_probabilities(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
+    """Softmax of logits [P, V] over temperature, cut to the ``top_k`` likeliest and the fewest that reach ``top_p``.
+
+    Returns float64 [P, V], rows sum to 1. Ties are cut in the order of classes.
+    """
+    logits = logits.astype(np.float64) / sampling.temperature
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    probabilities = weights / weights.sum(-1, keepdims=True)
+    if sampling.top_k or sampling.top_p < 1:
+        order = np.argsort(-probabilities, axis=-1, kind="stable")
+        ranked = np.take_along_axis(probabilities, order, -1)
+        keep = np.cumsum(ranked, -1) - ranked < sampling.top_p
+        if sampling.top_k:
+            keep[:, sampling.top_k :] = False
+        np.put_along_axis(probabilities, order, np.where(keep, ranked, 0.0), -1)
+        probabilities /= probabilities.sum(-1, keepdims=True)
+    return probabilities
+
+
+def guide(logits: np.ndarray, guidance: float) -> np.ndarray:
+    """Classifier-free guidance: [2P, ...], prompts first, prompt-free after -> u + guidance * (c - u) [P, ...]."""
+    conditioned, free = np.split(logits, 2)
+    return free + guidance * (conditioned - free)

@@ -1,0 +1,92 @@
+"""Runs the backbone group by group over a laid-out batch, keys and values of earlier groups kept in a cache.
+
+R rows of the batch, S columns, n columns of one step, D hidden, Q codec levels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import paddle
+
+from ernie5.sequence.vocabulary import NO_CODE
+
+Choose = Callable[[int, np.ndarray], np.ndarray]  # (level, logits [R, C+1]) -> codes int64 [R]
+
+_BY_COLUMN = ("input_ids", "positions", "audio_codes")
+_BY_INDEX = {
+    "vision_index": ("vision_features", "vision_scale"),
+    "patch_index": ("patch_cnn", "patch_vit", "patch_mask"),
+    "speaker_index": ("speaker",),
+}
+
+
+class Walk:
+    """``fields`` is a batch as ``collate`` makes it; what is generated is written into it before its column is fed."""
+
+    def __init__(self, model: Any, fields: dict[str, np.ndarray]) -> None:
+        self.model, self.fields = model, fields
+        self.rows, self.columns = fields["input_ids"].shape
+        self._cache = model.new_cache(self.rows, self.columns)
+        self._valid = fields["document"] > 0
+        self._blocks = len(model.layers)
+
+    def feed(self, start: int, stop: int, choose: Choose | None = None) -> paddle.Tensor:
+        """Columns ``start .. stop-1`` through all blocks -> hidden [R, n, D].
+
+        ``choose`` samples the codes that the last column predicts, level by level, each fed back before the next block
+        (report §2.3.2); they are left in ``labels_audio``, from which earlier generated audio is fed back too.
+        """
+        columns = slice(start, stop)
+        hidden = self.model.embed(self._slice(start, stop))
+        positions = paddle.to_tensor(self.fields["positions"][:, columns])
+        intervals = paddle.to_tensor(np.ascontiguousarray(self.fields["attention_intervals"][:, :, :stop]))
+        valid = paddle.to_tensor(self._valid[:, columns])
+
+        def run(state: paddle.Tensor, first: int, last: int) -> paddle.Tensor:
+            return self.model.run_layers(state, positions, intervals, valid, self._cache, start, first, last)
+
+        codes = self.fields["labels_audio"][:, columns]
+        if choose is None and codes.max(initial=NO_CODE) < 0:
+            return run(hidden, 0, self._blocks)
+        return self._feed_codes(hidden, run, codes, choose)
+
+    def _feed_codes(
+        self, hidden: paddle.Tensor, run: Callable, codes: np.ndarray, choose: Choose | None
+    ) -> paddle.Tensor:
+        levels, done = codes.shape[-1], 0
+        for level in range(levels):
+            here = self._blocks - levels + 1 + level
+            hidden, done = run(hidden, done, here), here
+            if choose is not None:
+                codes[:, -1, level] = choose(level, self.model.audio_logits(hidden[:, -1], level).numpy())
+            if here < self._blocks:
+                hidden = hidden + self.model.audio_feedback(paddle.to_tensor(codes[..., level]), level)
+        return hidden
+
+    def place_features(self, start: int, features: np.ndarray, scale: int) -> None:
+        """Puts scale features [R, n, d] of one scale number at columns ``start ..``; missing bits are 0."""
+        rows, count, bits = features.shape
+        padded = np.zeros((rows * count, self.fields["vision_features"].shape[1]), np.float32)
+        padded[:, :bits] = features.reshape(-1, bits)
+        index = np.arange(rows)[:, None] * self.columns + np.arange(start, start + count)
+        new = {
+            "vision_features": padded,
+            "vision_index": index.ravel(),
+            "vision_scale": np.full(rows * count, scale),
+        }
+        for name, values in new.items():
+            self.fields[name] = np.concatenate([self.fields[name], values])
+
+    def _slice(self, start: int, stop: int) -> dict[str, paddle.Tensor]:
+        """The fields of some columns, flat indices renumbered to them."""
+        part = {name: np.ascontiguousarray(self.fields[name][:, start:stop]) for name in _BY_COLUMN}
+        for index, names in _BY_INDEX.items():
+            row, column = np.divmod(self.fields[index], self.columns)
+            inside = (start <= column) & (column < stop)
+            if inside.any():
+                part[index] = row[inside] * (stop - start) + column[inside] - start
+                part |= {name: self.fields[name][inside] for name in names}
+        return {name: paddle.to_tensor(values) for name, values in part.items()}

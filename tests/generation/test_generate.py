@@ -1,0 +1,168 @@
+"""``generate`` from raw prompts to raw results."""
+
+from __future__ import annotations
+
+import numpy as np
+import paddle
+import pytest
+
+from ernie5.generation import generate
+from ernie5.sequence.parts import Audio, Image, RawPart, Speaker, Text, Video
+from ernie5.sequence.vocabulary import NUM_SPECIALS, Special
+from tests.generation.stand_ins import MODEL as SHAPE
+from tests.generation.stand_ins import StandIns, tiny_model
+
+MODEL, TOKENIZERS = tiny_model(), StandIns()
+RNG = np.random.default_rng(0)
+PICTURE = RNG.integers(0, 256, (12, 12, 3), dtype=np.uint8)
+CLIP = RNG.integers(0, 256, (5, 12, 12, 3), dtype=np.uint8)
+WAVE = RNG.uniform(-1, 1, 4000).astype(np.float32)
+PROMPTS: list[list[RawPart]] = [
+    [Text("a red star")],
+    [Image(PICTURE), Text("what is this?")],
+    [Video(CLIP), Text("and now")],
+    [Audio(WAVE), Text("say"), Speaker(WAVE)],
+]
+TARGETS = ("text", "image", "video", "audio")
+
+
+@pytest.mark.parametrize("to", TARGETS)
+def test_every_target_from_every_mix(to: str) -> None:
+    results = generate(MODEL, TOKENIZERS, PROMPTS, to, max_new_tokens=7, num_frames=4)
+    assert len(results) == len(PROMPTS)
+    for result in results:
+        if to == "text":
+            assert isinstance(result, str) and len(result) <= 7
+        elif to == "audio":
+            assert result.dtype == np.float32 and len(result) % 1280 == 0 and 1 <= len(result) // 1280 <= 7
+        else:
+            assert result.dtype == np.uint8 and result.shape == ((12, 12, 3) if to == "image" else (4, 12, 12, 3))
+
+
+@pytest.mark.parametrize("to", TARGETS)
+def test_seed_decides_and_one_prompt_may_stand_alone(to: str) -> None:
+    options = {"max_new_tokens": 12, "num_frames": 3}
+    first = generate(MODEL, TOKENIZERS, PROMPTS[0], to, seed=3, **options)
+    again = generate(MODEL, TOKENIZERS, PROMPTS, to, seed=3, **options)
+    other = generate(MODEL, TOKENIZERS, PROMPTS[0], to, seed=4, **options)
+    assert len(first) == 1
+    assert np.array_equal(first[0], again[0])
+    assert not np.array_equal(first[0], other[0])
+
+
+@pytest.mark.parametrize("to", ["image", "video", "audio"])
+def test_guidance_combines_prompt_and_no_prompt(to: str) -> None:
+    """At 1 the prompt-free rows change nothing, at 0 only they count, and then prompts cannot matter."""
+    options = {"temperature": 0.0, "max_new_tokens": 6, "num_frames": 3}
+    plain = generate(MODEL, TOKENIZERS, PROMPTS, to, **options)
+    near = generate(MODEL, TOKENIZERS, PROMPTS, to, guidance=1 + 1e-9, **options)
+    for a, b in zip(plain, near, strict=True):
+        np.testing.assert_array_equal(a, b)
+    free = generate(MODEL, TOKENIZERS, PROMPTS, to, guidance=0.0, **options)
+    for result in free[1:]:
+        np.testing.assert_array_equal(result, free[0])
+    strong = generate(MODEL, TOKENIZERS, PROMPTS, to, guidance=6.0, **options)
+    assert any(not np.array_equal(a, b) for a, b in zip(plain, strong, strict=True))
+
+
+def with_logits(monkeypatch: pytest.MonkeyPatch, name: str, change) -> None:
+    original = getattr(MODEL, name)
+
+    def changed(*args):
+        return paddle.to_tensor(change(original(*args).numpy().copy()))
+
+    monkeypatch.setattr(MODEL, name, changed)
+
+
+def test_text_stops_at_its_end_and_holds_no_other_special(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def change(logits: np.ndarray) -> np.ndarray:
+        calls.append(None)
+        logits[:, :NUM_SPECIALS] += 100.0
+        logits[:, Special.EOS] = -100.0
+        for row in range(len(logits)):
+            if len(calls) > 2 * (row + 1):
+                logits[row, Special.EOS] = 1000.0
+        return logits
+
+    with_logits(monkeypatch, "text_logits", change)
+    results = generate(MODEL, TOKENIZERS, PROMPTS[:2], "text", max_new_tokens=30)
+    assert [len(result) for result in results] == [2, 4]
+    assert len(calls) == 5
+
+
+def test_audio_ends_by_its_first_level_and_never_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def change(logits: np.ndarray) -> np.ndarray:
+        level = len(calls) % SHAPE.audio_levels
+        frame = len(calls) // SHAPE.audio_levels
+        calls.append(None)
+        logits[:, -1] = 100.0 if level else -100.0
+        for row in range(len(logits)):
+            if level == 0 and (frame == 0 or frame > 2 + row):
+                logits[row, -1] = 100.0
+        return logits
+
+    with_logits(monkeypatch, "audio_logits", change)
+    results = generate(MODEL, TOKENIZERS, PROMPTS[:2], "audio", max_new_tokens=30)
+    assert [len(result) // 1280 for result in results] == [3, 4]
+
+
+def test_text_and_audio_fill_the_context_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    def change(logits: np.ndarray) -> np.ndarray:
+        logits[:, Special.EOS] = -100.0
+        return logits
+
+    with_logits(monkeypatch, "text_logits", change)
+    (text,) = generate(MODEL, TOKENIZERS, [Text("a" * 140)], "text", temperature=0.0)
+    assert len(text) == SHAPE.max_sequence_length - 141
+
+
+def test_a_video_continues_real_frames() -> None:
+    clips = [CLIP[:3], CLIP[2:]]
+    options = {"num_frames": 6, "temperature": 0.0}
+    results = generate(MODEL, TOKENIZERS, [[Text("left")], []], "video", context=clips, **options)
+    vision = TOKENIZERS.vision
+    for clip, result in zip(clips, results, strict=True):
+        assert result.shape == (6, 12, 12, 3)
+        np.testing.assert_allclose(result[:3].mean(), vision.decode(vision.encode(clip[None], 8), 8).mean(), atol=40)
+    same = generate(MODEL, TOKENIZERS, [[Text("left")], []], "video", context=[clips[0]] * 2, **options)
+    np.testing.assert_array_equal(same[0], results[0])
+    assert not np.array_equal(same[1], results[1])
+
+
+def test_the_model_returns_to_its_mode() -> None:
+    MODEL.train()
+    generate(MODEL, TOKENIZERS, [Text("a")], "text", max_new_tokens=1)
+    training = MODEL.training
+    MODEL.eval()
+    assert training
+    assert not any(router.counts.any() for router in MODEL.routers())
+
+
+@pytest.mark.parametrize(
+    ("prompt", "to", "options", "message"),
+    [
+        ([], "text", {}, "prompt 0 is empty"),
+        ([[Text("a")], [Text("  ")]], "image", {}, "prompt 1 is empty"),
+        ([Text("a")], "smell", {}, "cannot generate 'smell'; choose one of text, image, video, audio"),
+        ([Text("a" * 160)], "text", {}, "takes 162 positions, the context holds 160"),
+        ([Text("a" * 150)], "image", {}, "prompt .151 positions. with the image to generate takes 166"),
+        ([Text("a" * 159)], "audio", {}, "takes 162 positions"),
+        ([Text("a")], "video", {"num_frames": 30}, "with the video to generate takes"),
+        ([Text("a")], "video", {"num_frames": 0}, "num_frames"),
+        ([Text("a")], "text", {"max_new_tokens": 0}, "max_new_tokens"),
+        ([Text("a")], "text", {"guidance": 2.0}, "guidance"),
+        ([Text("a")], "image", {"temperature": -1.0}, "temperature"),
+        ([Text("a")], "image", {"context": CLIP}, "only be continued as a video"),
+        ([Text("a")], "video", {"context": CLIP, "num_frames": 5}, "fills 5 frames already"),
+        ([[Text("a")]] * 2, "video", {"context": [CLIP]}, "1 clips"),
+        ([[Text("a")]] * 2, "video", {"context": [CLIP, CLIP[:2]]}, "one shape"),
+    ],
+)
+def test_bad_requests_get_one_line(prompt: list, to: str, options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        generate(MODEL, TOKENIZERS, prompt, to, **options)
+    assert "\n" not in str(error.value)
