@@ -58,14 +58,14 @@ class VisionTokenizerConfig:
     bits: list[int] = field(default_factory=lambda: [8, 16])  # the series, growing
     channels: int = 48  # width of the CNN; also D_cnn
     vit_dim: int = 48
-    vit_layers: int = 2
-    vit_heads: int = 4
+    vit_layers: int = 1
+    vit_heads: int = 2
     vit_patch: int = 4
-    image_steps: int = 600  # per member of the series
-    video_steps: int = 300
-    vit_steps: int = 500
-    batch_size: int = 32
-    video_batch_size: int = 8
+    image_steps: int = 600  # of the widest member; the narrower ones take half as many
+    video_steps: int = 300  # likewise
+    vit_steps: int = 1300
+    batch_size: int = 16
+    video_batch_size: int = 4
     learning_rate: float = 2.0e-3
     weight_commitment: float = 0.25
     weight_entropy: float = 0.1

@@ -19,6 +19,17 @@ DIRECTIONS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}
 QUESTIONS = ("what happens?", "what moves, and where?", "describe the clip")
 
 
+def digit_mask(digit: np.ndarray) -> np.ndarray:
+    """uint8 [28,28] -> coverage in [0,1], float32 [16,16]: the 20 pixels around the digit, wherever it stands."""
+    corner = []
+    for axis in (0, 1):
+        inked = np.flatnonzero(digit.max(axis=1 - axis))
+        middle = (inked[0] + inked[-1] + 1) // 2
+        corner.append(int(np.clip(middle - 10, 0, 8)))
+    square = digit[corner[0] : corner[0] + 20, corner[1] : corner[1] + 20].astype(np.float32) / 255
+    return cv2.resize(square, (SPRITE, SPRITE), interpolation=cv2.INTER_AREA)
+
+
 def render_clip(
     mask: np.ndarray,
     colour: tuple[int, int, int],
@@ -65,15 +76,14 @@ class ClipSource:
             direction = list(DIRECTIONS)[i % 4]
             if i // 4 % 2:
                 index = int(indices[rng.integers(len(indices))])
-                digit = pixels[index][4:24, 4:24].astype(np.float32) / 255
-                mask = cv2.resize(digit, (SPRITE, SPRITE), interpolation=cv2.INTER_AREA)
+                mask = digit_mask(pixels[index])
                 name, colour, background = digit_caption(int(labels[index])), (255, 255, 255), 0
                 meta = {"object": name, "digit": int(labels[index])}
             else:
                 icon = ICONS[rng.integers(len(ICONS))]
                 word = _colour(rng, direction, split == "heldout")
                 mask, colour, background = icon_mask(icon, SPRITE), COLOURS[word], 255
-                name = f"a {word} {icon}"
+                name = f"{'an' if word[0] in 'aeiou' else 'a'} {word} {icon}"
                 meta = {"object": name, "icon": icon, "colour": word}
             across = int(rng.integers(1, SIZE - SPRITE))
             clip = render_clip(mask, colour, background, direction, across, int(rng.integers(0, 4)), self.frames)

@@ -16,7 +16,7 @@ from ernie5.data.source import check_split, fraction, package_file
 from ernie5.sequence.parts import Image, Sample, Text
 
 SIZE = 32
-ICONS = (
+ICONS = (  # noqa: SIM905 - fifty words read better as one text
     "airplane apple battery bell bone book bus butterfly cake camera car circle cloud cookie crown diamond duck egg "
     "elephant fire fish flag flower gift ghost hammer heart hexagon home key leaf lock mushroom owl penguin pig pill "
     "pumpkin puzzle rabbit rocket shield skull square star tooth tree triangle truck umbrella"

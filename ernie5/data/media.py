@@ -14,6 +14,8 @@ from scipy.signal import resample_poly
 from ernie5.files import replacing
 
 FRAMES_PER_SECOND = 5
+# What Pillow raises for files that are no pictures, cut short, or larger in memory than any picture should be.
+UNREADABLE = (UnidentifiedImageError, OSError, SyntaxError, ValueError, Picture.DecompressionBombError)
 
 
 def _existing(path: str | Path, what: str) -> Path:
@@ -40,7 +42,7 @@ def read_image(path: str | Path, side: int) -> np.ndarray:
     try:
         with Picture.open(path) as picture:
             return fit(_on_white(picture), side)
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+    except UNREADABLE as error:
         raise ValueError(
             f"{path}: not a readable image ({_short(error)}); expected PNG, JPEG, WebP, GIF or BMP"
         ) from None
@@ -64,7 +66,7 @@ def read_video(path: str | Path, side: int, max_frames: int = 512) -> np.ndarray
                 ]
         else:
             frames = _capture(path, side, max_frames)
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, cv2.error) as error:
+    except (*UNREADABLE, cv2.error) as error:
         raise ValueError(f"{path}: not a readable video ({_short(error)}); expected GIF, WebP or MP4") from None
     if not frames:
         raise ValueError(f"{path}: no frame could be read; expected GIF, WebP or MP4")
@@ -72,7 +74,6 @@ def read_video(path: str | Path, side: int, max_frames: int = 512) -> np.ndarray
 
 
 def _capture(path: Path, side: int, max_frames: int) -> list[np.ndarray]:
-    level = cv2.getLogLevel() if hasattr(cv2, "getLogLevel") else None
     capture = cv2.VideoCapture(str(path))
     frames = []
     try:
@@ -83,8 +84,6 @@ def _capture(path: Path, side: int, max_frames: int) -> list[np.ndarray]:
             frames.append(fit(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB), side))
     finally:
         capture.release()
-        if level is not None:
-            cv2.setLogLevel(level)
     return frames
 
 

@@ -27,8 +27,10 @@ class PackedDataset:
     """Rows of ``model.max_sequence_length`` positions, packed with samples drawn by ``data.mixture``.
 
     The mixture weighs tasks by drawn samples; tasks of the corpus that it leaves out are not drawn, an empty mixture
-    draws every sample alike. A sample of text alone that is longer than the row's rest is cut to a random window that
-    fills it. ``trainer.bits_schedule`` sets the width of the vision codes by the step a row belongs to.
+    draws every sample alike. Long samples come a little less often than that, since they fit the end of a row less
+    often; prose, which fills it, a little more often. Prose (a sample of one text) is drawn by its length, and where
+    it is longer than the row's rest, cut to a random window that fills it.
+    ``trainer.bits_schedule`` sets the width of the vision codes by the step a row belongs to.
     """
 
     def __init__(self, corpus: CodedCorpus, text_tokenizer: TextTokenizer, config: Config, seed: int = 0) -> None:
@@ -38,7 +40,8 @@ class PackedDataset:
         self.length = config.model.max_sequence_length
         self.tasks, shares = _shares(corpus, config.data.mixture)
         self.thresholds = np.cumsum(shares)
-        self.fillers = [i for task in self.tasks for i in corpus.tasks[task] if is_prose(corpus.samples[i])]
+        self.pools = {task: Pool(corpus, corpus.tasks[task]) for task in self.tasks}
+        self.fillers = Pool(corpus, [i for t in self.tasks for i in corpus.tasks[t] if is_prose(corpus.samples[i])])
 
     def __len__(self) -> int:
         """Rows of the whole run, the batch ramp included."""
@@ -91,26 +94,38 @@ class PackedDataset:
         return documents, chosen
 
     def _fitting(self, spec: LayoutSpec, room: int, rng: np.random.Generator) -> tuple[int, Document | None]:
-        """A drawn sample of at most ``room`` positions; after ``TRIES`` a window of prose, or None where there is none."""
+        """A drawn sample of at most ``room`` positions; after ``TRIES`` a window of prose, None where there is none."""
         for _ in range(TRIES):
             j = self._draw(rng)
             document = self._fit(self.corpus.samples[j], spec, room, rng)
             if len(document) <= room:
                 return j, document
-        if not self.fillers:
+        if not self.fillers.indices:
             return j, None
-        j = self.fillers[rng.integers(len(self.fillers))]
+        j = self.fillers.draw(rng)
         return j, self._fit(self.corpus.samples[j], spec, room, rng)
 
     def _draw(self, rng: np.random.Generator) -> int:
         task = self.tasks[min(int(np.searchsorted(self.thresholds, rng.random(), side="right")), len(self.tasks) - 1)]
-        samples = self.corpus.tasks[task]
-        return samples[rng.integers(len(samples))]
+        return self.pools[task].draw(rng)
 
     def _fit(self, sample: Sample, spec: LayoutSpec, room: int, rng: np.random.Generator) -> Document:
         if not is_prose(sample):
             return lay_out(sample, self.text, spec, rng)
         return lay_out(sample, Window(sample.parts[0].text, self.text, room - 2, rng), spec, rng)
+
+
+class Pool:
+    """Samples to draw from: prose by its length, so that every stretch of it is as likely; anything else alike."""
+
+    def __init__(self, corpus: CodedCorpus, indices: list[int]) -> None:
+        self.indices = indices
+        samples = [corpus.samples[i] for i in indices]
+        prose = all(is_prose(sample) for sample in samples)
+        self.ends = np.cumsum([len(sample.parts[0].text) if prose else 1 for sample in samples])
+
+    def draw(self, rng: np.random.Generator) -> int:
+        return self.indices[int(np.searchsorted(self.ends, rng.integers(self.ends[-1]), side="right"))]
 
 
 class Window:

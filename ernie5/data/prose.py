@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import sysconfig
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from ernie5.sequence.parts import Sample, Text
 HELDOUT_SHARE = 0.1
 SKIPPED = {"test", "tests", "idlelib", "site-packages", "lib2to3", "pydoc_data", "encodings", "__pycache__"}
 SHORTEST = 120  # characters of a docstring worth reading
+SHORTEST_REPEAT = 40  # characters of a paragraph that may not stand twice
 
 
 class TextSource:
@@ -31,9 +33,30 @@ class TextSource:
     def samples(self, split: str) -> list[Sample]:
         check_split(split)
         documents = {f"topic {name}": text for name, text in _topics().items()} | _docstrings(self.characters)
-        wanted = split == "heldout"
-        chosen = [(n, t) for n, t in documents.items() if (fraction(n) < HELDOUT_SHARE) == wanted]
-        return [Sample([Text(text)], "text", {"name": name}) for name, text in chosen]
+        heldout = {name: text for name, text in documents.items() if fraction(name) < HELDOUT_SHARE}
+        train = {name: text for name, text in documents.items() if name not in heldout}
+        chosen = heldout if split == "heldout" else _without_repeats(train, heldout.values())
+        return [Sample([Text(text)], "text", {"name": name}) for name, text in chosen.items()]
+
+
+def _without_repeats(documents: dict[str, str], others: Iterable[str]) -> dict[str, str]:
+    """Documents without the paragraphs that ``others`` or an earlier one has: topics quote each other at length."""
+    seen = {_squeezed(paragraph) for text in others for paragraph in text.split("\n\n")}
+    kept = {}
+    for name, text in documents.items():
+        new = []
+        for paragraph in text.split("\n\n"):
+            key = _squeezed(paragraph)
+            if key not in seen or len(key) < SHORTEST_REPEAT:
+                new.append(paragraph)
+            seen.add(key)
+        if sum(map(len, new)) >= SHORTEST:
+            kept[name] = "\n\n".join(new)
+    return kept
+
+
+def _squeezed(paragraph: str) -> str:
+    return " ".join(paragraph.split())
 
 
 @lru_cache(maxsize=1)

@@ -46,7 +46,6 @@ class SpeechSource:
     numbers_per_voice: int = 80
     seed: int = 0
     tasks: tuple[str, ...] = field(default=("speech_und", "speech_gen"), init=False)
-    feeds: frozenset[str] = field(default=frozenset({"text", "audio"}), init=False)
     feeds: frozenset[str] = field(default=frozenset({"audio"}), init=False)
 
     def samples(self, split: str) -> list[Sample]:

@@ -59,11 +59,13 @@ class Tokenizers:
     def encode_samples(self, samples: Sequence[Sample], progress: bool = True) -> list[Sample]:
         """Media parts become codes and features; texts and parts already coded stay.
 
-        The same array is encoded once, and all media of one kind and shape in batches.
+        The same array is encoded once, and all media of one kind and shape in batches. Raises ValueError for a
+        recording at another sample rate than the audio tokenizer's.
         """
         wanted: dict[str, dict[int, np.ndarray]] = {name: {} for name in ("latent", "features", "audio", "speaker")}
         for sample in samples:
             for part in sample.parts:
+                self._check_rate(part)
                 if (need := _need(part)) is not None:
                     kind, array = need
                     wanted[kind].setdefault(id(array), array)
@@ -75,6 +77,11 @@ class Tokenizers:
                     coded[kind, key] = value
                     bar.update()
         return [replace(sample, parts=[_coded(part, coded) for part in sample.parts]) for sample in samples]
+
+    def _check_rate(self, part: RawPart) -> None:
+        rate = self.audio.config.sample_rate
+        if isinstance(part, Audio | Speaker) and part.sample_rate != rate:
+            raise ValueError(f"a recording has {part.sample_rate} samples a second, expected {rate}; resample it")
 
     def _encoders(self) -> dict[str, Callable[[dict[int, np.ndarray]], Iterable[tuple[int, Any]]]]:
         return {

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -116,7 +117,7 @@ class TextTokenizer:
         path = Path(directory) / "tokenizer.json"
         try:
             tokenizer = cls(tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8")))
-        except Exception as error:  # the library raises bare Exception for a file it cannot read
+        except Exception as error:  # noqa: BLE001 - the library raises bare Exception for a file it cannot read
             reason = str(error).splitlines()[0]
             raise ValueError(f"{path}: unreadable text tokenizer ({reason}); {REMEDY}") from None
         if tokenizer.vocab_size != config.get("vocab_size"):
@@ -154,7 +155,7 @@ class TextTokenizer:
         """BPE on one word. Step s skips ``skips[s]`` candidates, best first; a step that skips them all is the last."""
         ranks_of, merged = self._ranks, self._merged
         symbols = [NUM_SPECIALS + byte for byte in raw]
-        ranks = [ranks_of.get(pair, NO_MERGE) for pair in zip(symbols, symbols[1:])]
+        ranks = [ranks_of.get(pair, NO_MERGE) for pair in pairwise(symbols)]
         for skip in skips:
             best = min(ranks, default=NO_MERGE)
             if best == NO_MERGE:

@@ -1,0 +1,64 @@
+"""AdamW with decoupled weight decay on matrices only, and clipping by global norm that also guards the update."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import paddle
+from paddle import nn
+
+# Tables whose rows are looked up: a row that no position used has no gradient, and decay would only wear it away.
+LOOKED_UP = ("embedding.tokens.weight", "embedding.audio.weight", "embedding.vision.scales")
+
+
+def decays(name: str, parameter: paddle.Tensor) -> bool:
+    """True for matrices and stacked experts; False for norms, biases and embedding tables."""
+    return len(parameter.shape) >= 2 and not name.endswith((*LOOKED_UP, "bias")) and "norm" not in name
+
+
+class GuardedClip(nn.ClipGradByGlobalNorm):
+    """Scales gradients in place to ``clip_norm`` if their global norm exceeds it (<= 0: only measures).
+
+    Paddle's own class multiplies every gradient out of place even when nothing is to be clipped. ``norm`` keeps the
+    last norm; if it is not finite, ``refuse(norm)`` is called before any parameter changes and must raise.
+    """
+
+    def __init__(self, clip_norm: float, refuse: Callable[[float], None]) -> None:
+        super().__init__(clip_norm)
+        self.refuse = refuse
+        self.norm = 0.0
+
+    @paddle.no_grad()
+    def _dygraph_clip(self, params_grads: list[tuple[paddle.Tensor, paddle.Tensor]]) -> list:
+        grads = [g for p, g in params_grads if g is not None and getattr(p, "need_clip", True)]
+        if not grads:
+            return params_grads
+        self.norm = float(paddle.sqrt(paddle.add_n([paddle._C_ops.squared_l2_norm(g) for g in grads])))
+        if not 0.0 <= self.norm < float("inf"):
+            self.refuse(self.norm)
+        if 0 < self.clip_norm < self.norm:
+            for grad in grads:
+                grad.scale_(self.clip_norm / self.norm)
+        return params_grads
+
+
+def build_optimizer(
+    model: nn.Layer,
+    learning_rate: paddle.optimizer.lr.LRScheduler,
+    betas: tuple[float, float],
+    epsilon: float,
+    weight_decay: float,
+    clip: GuardedClip,
+) -> paddle.optimizer.AdamW:
+    trainable = [(name, p) for name, p in model.named_parameters() if not p.stop_gradient]
+    decayed = {p.name for name, p in trainable if decays(name, p)}
+    return paddle.optimizer.AdamW(
+        learning_rate=learning_rate,
+        beta1=betas[0],
+        beta2=betas[1],
+        epsilon=epsilon,
+        parameters=[p for _, p in trainable],
+        weight_decay=weight_decay,
+        apply_decay_param_fun=decayed.__contains__,
+        grad_clip=clip,
+    )

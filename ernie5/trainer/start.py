@@ -1,0 +1,51 @@
+"""Whether a run starts or continues, decided by the configuration its checkpoints were made with."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+from ernie5.config import Config, dump_config, load_config
+from ernie5.trainer.checkpoint import checkpoints_dir, forget_run, step_checkpoints
+
+RECORD = "config.yaml"
+COMPARED = ("model", "tokenizers", "data", "trainer")
+# May change between the parts of one run: how long it goes on and how it is watched.
+FREE = ("trainer.max_steps", "trainer.save_steps", "trainer.log_steps", "data.workers")
+
+
+def differences(old: Config, new: Config) -> list[str]:
+    """Dotted keys on which a continued run may not differ, each with both values."""
+    before, after = _flat(asdict(old)), _flat(asdict(new))
+    keys = sorted(key for key in before.keys() | after.keys() if key.split(".")[0] in COMPARED and key not in FREE)
+    return [f"{key}: {before.get(key)} -> {after.get(key)}" for key in keys if before.get(key) != after.get(key)]
+
+
+def start(config: Config, run_dir: Path, choice: str = "auto") -> bool:
+    """Prepares ``run_dir`` and says whether to resume: "auto" resumes an equal run, "resume" any, "fresh" none.
+
+    ``ValueError`` if "auto" meets a run of another configuration. "fresh" removes what the old run wrote.
+    """
+    if choice == "fresh":
+        forget_run(run_dir)
+    record = checkpoints_dir(run_dir) / RECORD
+    found = step_checkpoints(run_dir)
+    if found and choice == "auto" and record.exists():
+        changed = differences(load_config(record), config)
+        if changed:
+            raise ValueError(
+                f"{run_dir} holds a run of another configuration ({'; '.join(changed[:3])}"
+                f"{'; ...' if len(changed) > 3 else ''}); --resume continues it with the new values, --fresh removes it"
+            )
+    dump_config(config, record)
+    return bool(found)
+
+
+def _flat(values: dict, prefix: str = "") -> dict[str, object]:
+    flat: dict[str, object] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

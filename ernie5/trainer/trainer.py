@@ -1,0 +1,222 @@
+"""``Ernie5Trainer``: PaddleNLP's loop with our data order, schedules, router balancing, exact resume and guards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import paddle
+
+from ernie5.files import replacing_folder
+from ernie5.paddlenlp import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
+from ernie5.trainer import checkpoint as ckpt
+from ernie5.trainer.arguments import Ernie5TrainingArguments
+from ernie5.trainer.callbacks import Dashboards, Progress, RouterBalance, Schedules, StepLog
+from ernie5.trainer.loader import RowLoader
+from ernie5.trainer.log import TrainLog
+from ernie5.trainer.metrics import IntervalMeter, StepMeter
+from ernie5.trainer.nonfinite import NonFiniteError, dump
+from ernie5.trainer.optimizer import GuardedClip, build_optimizer
+from ernie5.trainer.schedules import LearningRate, value_at
+
+
+class Ernie5Trainer(Trainer):
+    """Trains ``model`` on rows 0, 1, 2 ... of ``train_dataset`` and writes everything under ``args.output_dir``.
+
+    ``model(**batch)`` returns ``{"loss": scalar, "losses": {name: scalar}, "tokens": count}``; ``train_dataset[i]`` is
+    a pure function of i. ``data_collator`` makes a dict of numpy arrays of a list of rows (default: the packed batch of
+    ``ernie5.sequence``). ``train(resume=True)`` continues bit-equal from the newest checkpoint, or starts without one.
+    """
+
+    def __init__(
+        self,
+        model: paddle.nn.Layer,
+        args: Ernie5TrainingArguments,
+        train_dataset: Any,
+        data_collator: Callable[[list], Mapping[str, np.ndarray]] | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
+    ) -> None:
+        self.run_dir = Path(args.output_dir)
+        self.first_accumulation = args.gradient_accumulation_steps
+        self.loader: RowLoader | None = None
+        self.log_file = TrainLog(self.run_dir)
+        self.step_meter, self.interval, self.record = StepMeter(), IntervalMeter(), {}
+        self.clip = GuardedClip(args.max_grad_norm, self._refuse_gradient)
+        own = [kind(self) for kind in (Schedules, RouterBalance, StepLog, Progress, Dashboards)]
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            data_collator=data_collator or _packed_collate(),
+            callbacks=[*own, *callbacks],
+        )
+        for replaced in (ProgressCallback, PrinterCallback):
+            self.remove_callback(replaced)
+        model.set_loss_weights(
+            args.mtp_weight, args.modality_weight_min, args.modality_weight_max, args.modality_weights
+        )
+
+    # ------------------------------------------------------------------ running
+
+    def train(self, resume: bool = False) -> None:
+        """Runs to ``args.max_steps``; leaves a checkpoint of the last step and the weights in ``checkpoints/final``.
+
+        Raises ``ValueError`` if the folder holds a run and ``resume`` is False, or if a checkpoint does not fit;
+        ``NonFiniteError`` before an update that a NaN or infinity would spoil.
+        """
+        start = self._starting_point(resume)
+        self._first_row = ckpt.read_training(start)["rows_consumed"] if start else 0
+        if start and ckpt.read_training(start)["step"] >= self.args.max_steps:
+            self._load_from_checkpoint(start)
+        else:
+            # PaddleNLP sizes its loop once: with the largest accumulation it can never end a step early.
+            ramp = [accumulation for _, accumulation in self.args.batch_ramp]
+            self.args.gradient_accumulation_steps = max([self.first_accumulation, *ramp])
+            try:
+                super().train(resume_from_checkpoint=str(start) if start else None)
+            finally:
+                self._close()
+            if not (ckpt.checkpoints_dir(self.run_dir) / f"step-{self.state.global_step}").exists():
+                self._save_checkpoint(self.model)
+        self.save_model(ckpt.checkpoints_dir(self.run_dir) / ckpt.FINAL)
+
+    def _starting_point(self, resume: bool) -> Path | None:
+        found = ckpt.step_checkpoints(self.run_dir)
+        if found and not resume:
+            raise ValueError(
+                f"{self.run_dir} already holds a run (newest checkpoint: {found[-1].name}); continue it with resume, "
+                "start it afresh, or choose another run.dir"
+            )
+        if not found:
+            self.log_file.path.unlink(missing_ok=True)  # lines of a run that was stopped before its first checkpoint
+        return found[-1] if found else None
+
+    def _close(self) -> None:
+        if self.loader is not None:
+            self.loader.close()
+        self.log_file.close()
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, Progress | Dashboards):
+                callback.close()
+
+    def get_train_dataloader(self) -> RowLoader:
+        self.loader = RowLoader(
+            self.train_dataset,
+            self.data_collator,
+            rows=self.args.per_device_train_batch_size,
+            start_row=self._first_row,
+            rank=self.args.dataset_rank,
+            world=self.args.dataset_world_size,
+            workers=self.args.dataloader_num_workers,
+        )
+        return self.loader
+
+    def create_scheduler(self, num_training_steps: int) -> LearningRate:
+        args = self.args
+        if self.lr_scheduler is None:
+            self.lr_scheduler = LearningRate(
+                args.learning_rate,
+                args.schedule,
+                num_training_steps,
+                args.warmup_steps,
+                args.decay_fraction,
+                args.min_learning_rate_ratio,
+            )
+        return self.lr_scheduler
+
+    def create_optimizer(self, lr_scheduler: LearningRate | None = None) -> paddle.optimizer.Optimizer:
+        args = self.args
+        if self.optimizer is None:
+            betas = (args.adam_beta1, args.adam_beta2)
+            self.optimizer = build_optimizer(
+                self.model, self.lr_scheduler, betas, args.adam_epsilon, args.weight_decay, self.clip
+            )
+        return self.optimizer
+
+    # ------------------------------------------------------------------ one step
+
+    def training_step(
+        self, model: paddle.nn.Layer, inputs: Mapping[str, np.ndarray], step_control: int = 0
+    ) -> paddle.Tensor:
+        """Forward and backward of one micro-batch; the loss of a step is the mean over its micro-batches."""
+        if not model.training:
+            model.train()
+        self._batch, self._learning_rate = inputs, self.lr_scheduler.last_lr
+        with self.autocast_smart_context_manager():
+            outputs = model(**{name: paddle.to_tensor(value) for name, value in inputs.items()})
+        loss = outputs["loss"]
+        losses = {"loss": loss, **{f"loss/{name}": value for name, value in outputs["losses"].items()}}
+        values = paddle.stack([value.detach().astype("float32").reshape([]) for value in losses.values()]).tolist()
+        losses = dict(zip(losses, values, strict=True))
+        self.step_meter.add(losses, int(outputs["tokens"]), self.loader.last_rows)
+        if not np.isfinite(values).all():
+            self._refuse("loss", losses)
+        loss = loss / self.args.gradient_accumulation_steps
+        loss.backward()
+        return loss.detach()
+
+    def finish_step(self) -> dict[str, float]:
+        """Closes the record of the step just taken; it is kept as ``record`` and for the next interval."""
+        step = self.state.global_step
+        self.record = {"step": step, **self.step_meter.finish()}
+        self.record["learning_rate"] = self._learning_rate
+        self.record["grad_norm"] = self.clip.norm
+        self.record["rows_consumed"] = self.loader.cursor
+        self.record["accumulation"] = self.args.gradient_accumulation_steps
+        if self.args.bits_schedule:
+            self.record["vision_bits"] = value_at(step - 1, 0, self.args.bits_schedule)
+        self.interval.records.append(self.record)
+        return self.record
+
+    def _refuse_gradient(self, norm: float) -> NoReturn:
+        self._refuse("gradient norm", {"grad_norm": norm})
+
+    def _refuse(self, quantity: str, values: dict[str, float]) -> NoReturn:
+        """Leaves the dump and raises: nothing of this step has reached the parameters."""
+        step, rows = self.state.global_step + 1, list(self.step_meter.rows)
+        path = dump(self.run_dir, step, quantity, values, rows, self.loader, self._batch)
+        shown = ", ".join(f"{name} {value}" for name, value in values.items())
+        raise NonFiniteError(
+            f"step {step}: {quantity} is not finite ({shown}) on rows {rows[0]}..{rows[-1]}; stopped before the "
+            f"update. {path} names the documents; lower trainer.learning_rate or mend the data, then resume"
+        )
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def save_model(self, output_dir: str | Path, merge_tensor_parallel: bool = False) -> None:
+        """``model.save_pretrained`` into ``output_dir``, which is complete or absent."""
+        with replacing_folder(output_dir) as folder:
+            self.model.save_pretrained(str(folder), safe_serialization=True)
+
+    def _save_checkpoint(self, model: paddle.nn.Layer, metrics: dict | None = None) -> None:
+        step = self.state.global_step
+        self.state.consumed_samples = self.loader.cursor
+        with replacing_folder(ckpt.checkpoints_dir(self.run_dir) / f"step-{step}") as folder:
+            self.model.save_pretrained(str(folder), safe_serialization=True)
+            ckpt.save_optimizer(self.model, self.optimizer, folder)
+            ckpt.save_training(folder, step, self.loader.cursor, self.lr_scheduler.state_dict())
+            self.state.save_to_json(str(folder / "trainer_state.json"))
+            self.log_file.copy_to(folder)
+        ckpt.remove_old(self.run_dir, self.args.save_total_limit)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str | Path | None = None) -> None:
+        if resume_from_checkpoint is not None:
+            ckpt.load_weights(self.model, Path(resume_from_checkpoint))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        folder = Path(checkpoint)
+        state = ckpt.read_training(folder)
+        ckpt.load_optimizer(self.model, self.optimizer, folder)
+        self.lr_scheduler.set_state_dict(state["learning_rate"])
+        ckpt.restore_random(state["random"])
+        self.log_file.restore_from(folder)
+
+
+def _packed_collate() -> Callable[[list], Mapping[str, np.ndarray]]:
+    from ernie5.sequence.packing import collate
+
+    return collate
