@@ -1,8 +1,9 @@
 """Process-wide settings that must be in place before Paddle is imported.
 
 Two defaults cost a CPU user dearly: MKL takes a slow path on AMD processors, and glibc hands large blocks back to the
-kernel at every free. Both, and one flag of Paddle's, are settled here, once, when ``import ernie5`` runs, together with two silences: nothing
-asks the network, and imports do not chatter. A value the user has already exported is never replaced.
+kernel at every free. Both, and one flag of Paddle's, are settled here, once, when ``import ernie5`` runs, together with
+two silences: nothing asks the network, and imports do not chatter. A value the user has already exported is never
+replaced.
 """
 
 from __future__ import annotations

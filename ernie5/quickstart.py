@@ -1,22 +1,26 @@
 """The stages of the quickstart, run one after another, each skipped when it is already finished for its settings.
 
-A stage's key is a hash of the configuration sections it reads and of the keys of the stages before it, so that
-changing the evaluation repeats the evaluation and changing a tokenizer repeats all that rests on it. A stage that was
-interrupted keeps what it wrote and starts again with it; one whose key changed starts from nothing.
+A stage's key is a hash of the configuration sections and folders it reads and of the keys of the stages before it, so
+that changing the evaluation repeats the evaluation, training longer repeats it too, and changing a tokenizer repeats
+all that rests on it. After a stage that ran, all later ones run. A stage that was interrupted, or that runs again with
+an equal key, keeps what it wrote and starts with it; one whose key changed starts from nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import fcntl
 import hashlib
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,13 +29,18 @@ from ernie5.files import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES_FILE = "stages.json"
+LOCK_FILE = "quickstart.lock"
+NOTE_SECONDS = 5.0  # a stage that is killed loses at most so much of its time in the stages file
 FORMAT_VERSION = 1
 DEFAULT_CONFIG = ROOT / "fleet_configs" / "quickstart.yaml"
 
 
 @dataclass(frozen=True)
 class Stage:
-    """``sections``: dotted configuration sections it reads. ``outputs``: what it writes, relative to the run."""
+    """``sections``: dotted configuration sections it reads. ``outputs``: what it writes, relative to the run.
+
+    ``folder``: the folder of the run whose files it reads, where another command than the quickstart can change them.
+    """
 
     name: str
     doing: str
@@ -40,6 +49,7 @@ class Stage:
     sections: tuple[str, ...]
     outputs: tuple[str, ...]
     seconds: float  # on two cores with the quickstart's configuration, for the estimate
+    folder: str = ""
 
     def command(self, run_dir: Path) -> list[str]:
         filled = [argument.format(run=run_dir, config=run_dir / "config.yaml") for argument in self.arguments]
@@ -48,40 +58,23 @@ class Stage:
 
 STAGES: tuple[Stage, ...] = (
     Stage(
-        "text tokenizer",
-        "learns byte pairs",
+        "tokenizers",
+        "learn to code text, pictures and clips, and speech",
         "train_tokenizer.py",
-        ("text", "{config}"),
-        ("tokenizers.text", "data.manifests", "data.seed"),
-        ("tokenizers/text",),
-        10,
-    ),
-    Stage(
-        "vision tokenizer",
-        "learns to code pictures and clips",
-        "train_tokenizer.py",
-        ("vision", "{config}"),
-        ("tokenizers.vision", "data.manifests", "data.seed"),
-        ("tokenizers/vision",),
-        120,
-    ),
-    Stage(
-        "audio tokenizer",
-        "learns to code speech",
-        "train_tokenizer.py",
-        ("audio", "{config}"),
-        ("tokenizers.audio", "data.manifests", "data.seed"),
-        ("tokenizers/audio",),
-        100,
+        ("all", "{config}"),
+        ("tokenizers", "data.manifests", "data.seed"),
+        ("tokenizers/text", "tokenizers/vision", "tokenizers/audio"),
+        130,
     ),
     Stage(
         "prepare data",
         "turns every sample into codes, once",
         "prepare_data.py",
         ("{config}",),
-        ("tokenizers", "data.manifests", "data.seed"),
+        ("tokenizers", "data.manifests", "data.on_bad_line", "data.seed"),
         ("data/train",),
         40,
+        "tokenizers",
     ),
     Stage(
         "pretrain",
@@ -100,6 +93,7 @@ STAGES: tuple[Stage, ...] = (
         ("evaluation",),
         ("metrics.json", "samples"),
         80,
+        "checkpoints/final",
     ),
     Stage("report", "puts it on one page", "report.py", ("{run}",), (), ("report.html",), 5),
 )
@@ -117,22 +111,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         config = load_config(options.config)
-    except ValueError as error:
+        run_dir = (options.run or Path(config.run.dir)).resolve()
+        config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(run_dir)))
+        run_dir.mkdir(parents=True, exist_ok=True)
+        with locked(run_dir):
+            dump_config(config, run_dir / "config.yaml")
+            return run_stages(STAGES, config, run_dir, options.force)
+    except (ValueError, OSError) as error:
         print(f"quickstart: {error}", file=sys.stderr)
         return 2
-    run_dir = (options.run or Path(config.run.dir)).resolve()
-    config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(run_dir)))
-    run_dir.mkdir(parents=True, exist_ok=True)
-    dump_config(config, run_dir / "config.yaml")
-    return run_stages(STAGES, config, run_dir, options.force)
+
+
+@contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+    """Keeps a second quickstart out of the directory; the lock ends with the process, however that ends.
+
+    Raises ValueError that names the process when there is one already.
+    """
+    path = run_dir / LOCK_FILE
+    with path.open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise ValueError(
+                f"{run_dir} is in use by another quickstart (process {file.read().strip()}); wait for it, or choose "
+                "another directory with --run"
+            ) from None
+        file.truncate(0)
+        print(os.getpid(), file=file, flush=True)
+        yield
 
 
 def run_stages(stages: Sequence[Stage], config: Config, run_dir: Path, force: bool = False) -> int:
     """Runs what is not finished. Returns 0, or the exit code of the stage that failed."""
-    keys = stage_keys(stages, config)
     state = {} if force else _read_state(run_dir)
     started = time.monotonic()
-    todo = [stage for stage in stages if not _finished(stage, state, keys, run_dir)]
+    keys = stage_keys(stages, config, run_dir)
+    done = [_finished(stage, state, keys, run_dir) for stage in stages]
+    todo = list(stages[[*done, False].index(False) :])
     print(
         f"quickstart: {len(todo)} of {len(stages)} stages to run, about {_clock(_estimate(todo, state))}; in {run_dir}"
     )
@@ -143,7 +160,8 @@ def run_stages(stages: Sequence[Stage], config: Config, run_dir: Path, force: bo
             continue
         left = _estimate(todo[todo.index(stage) :], state)
         print(f"\n{title} (about {_clock(_estimate([stage], state))}; {_clock(left)} to the end)", flush=True)
-        code, state = _run_stage(stage, stages, keys, state, run_dir)
+        key = stage_keys(stages, config, run_dir)[stage.name]  # anew: earlier stages write what this one reads
+        code, state = _run_stage(stage, stages, key, state, run_dir)
         if code:
             return code
     measured_now = any(stage.tool == "evaluate.py" for stage in todo)
@@ -151,14 +169,15 @@ def run_stages(stages: Sequence[Stage], config: Config, run_dir: Path, force: bo
     return 0
 
 
-def stage_keys(stages: Sequence[Stage], config: Config) -> dict[str, str]:
+def stage_keys(stages: Sequence[Stage], config: Config, run_dir: Path) -> dict[str, str]:
     """Stage name -> hash of what it reads, the keys of all earlier stages included."""
+    from ernie5.tokenizers.fingerprint import fingerprint
+
     values, keys, earlier = dataclasses.asdict(config), {}, ""
     for stage in stages:
         read = {dotted: _lookup(values, dotted) for dotted in stage.sections}
-        # The three tokenizers do not read each other, so a change of one leaves the others alone.
-        base = "" if stage.tool == "train_tokenizer.py" else earlier
-        text = json.dumps([stage.name, read, base], sort_keys=True)
+        files = fingerprint(run_dir / stage.folder) if stage.folder else ""
+        text = json.dumps([stage.name, read, files, earlier], sort_keys=True)
         keys[stage.name] = hashlib.sha256(text.encode()).hexdigest()[:16]
         earlier += keys[stage.name]
     return keys
@@ -171,20 +190,24 @@ def _lookup(values: dict, dotted: str) -> object:
 
 
 def _run_stage(
-    stage: Stage, stages: Sequence[Stage], keys: dict[str, str], state: dict[str, dict], run_dir: Path
+    stage: Stage, stages: Sequence[Stage], key: str, state: dict[str, dict], run_dir: Path
 ) -> tuple[int, dict[str, dict]]:
     before = state.get(stage.name, {})
-    if before.get("key") != keys[stage.name]:
+    if before.get("key") != key:
         _remove(run_dir, stage.outputs)
         before = {}
     spent = before.get("seconds") or 0.0 if before.get("state") == "started" else 0.0
-    entry = {"name": stage.name, "key": keys[stage.name], "state": "started", "seconds": spent}
-    _write_state(run_dir, stages, state := {**state, stage.name: entry})
     started = time.monotonic()
-    code = _call(stage.command(run_dir))
+
+    def note(stage_state: str = "started") -> None:
+        seconds = round(spent + time.monotonic() - started, 1)
+        state[stage.name] = {"name": stage.name, "key": key, "state": stage_state, "seconds": seconds}
+        _write_state(run_dir, stages, state)
+
+    note()
+    code = _call(stage.command(run_dir), note)
+    note("started" if code else "finished")
     seconds = time.monotonic() - started
-    entry = {**entry, "state": "started" if code else "finished", "seconds": round(spent + seconds, 1)}
-    _write_state(run_dir, stages, state := {**state, stage.name: entry})
     if code:
         print(
             f"quickstart: stage '{stage.name}' could not finish (exit code {code} after {_clock(seconds)}); the lines "
@@ -196,12 +219,19 @@ def _run_stage(
     return code, state
 
 
-def _call(command: list[str]) -> int:
-    """Exit code of the command, which is stopped with this process: an interrupt or a SIGTERM gives 130."""
+def _call(command: list[str], note: Callable[[], None] = lambda: None) -> int:
+    """Exit code of the command, which is stopped with this process: an interrupt or a SIGTERM gives 130.
+
+    ``note`` is called every ``NOTE_SECONDS`` while it runs.
+    """
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     with subprocess.Popen(command) as process:
         try:
-            return process.wait()
+            while True:
+                try:
+                    return process.wait(NOTE_SECONDS)
+                except subprocess.TimeoutExpired:
+                    note()
         except KeyboardInterrupt:
             process.terminate()
             process.wait()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import importlib
+import importlib.util
 import json
 import os
 import re
@@ -60,6 +62,44 @@ def test_command_exists_and_knows_its_options(words):
 def test_configurations_named_in_commands_exist(words):
     named = [word for word in words if word.startswith("fleet_configs/")]
     assert all((ROOT / name).is_file() for name in named)
+
+
+PLAIN = argparse.ArgumentParser.parse_known_args
+
+
+class Parsed(Exception):
+    """A command line was read without complaint."""
+
+
+@pytest.mark.parametrize("words", commands(), ids=" ".join)
+def test_command_lines_are_read_as_written(words, monkeypatch):
+    """The real words through the tool's own parser; what would follow is cut off."""
+    position = next(i for i, word in enumerate(words) if word.startswith("tools/"))
+    tool = {"tools/quickstart.sh": "ernie5/quickstart.py"}.get(words[position], words[position])
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    spec = importlib.util.spec_from_file_location(f"{Path(tool).stem}_of_the_readme", ROOT / tool)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    for name in ("parse_known_args", "parse_known_intermixed_args"):
+        monkeypatch.setattr(argparse.ArgumentParser, name, cut_after(getattr(argparse.ArgumentParser, name)))
+    monkeypatch.setattr(sys, "argv", words[position:])
+    with pytest.raises(Parsed):
+        module.main()
+
+
+def cut_after(parse):
+    """``parse``, but the outermost call raises ``Parsed`` when every word has a meaning."""
+
+    def parsing(self, *arguments, **keywords):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(argparse.ArgumentParser, "parse_known_args", PLAIN)
+            _, unknown = parse(self, *arguments, **keywords)
+        if not unknown:
+            raise Parsed
+        self.error(f"unrecognised {unknown}")
+
+    return parsing
 
 
 def imports() -> list[tuple[str, str]]:

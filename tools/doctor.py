@@ -88,8 +88,8 @@ def check_machine() -> Iterator[Check]:
         gib = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
         yield Check("machine", "memory", "info", f"{gib:.1f} GiB")
     for tool, use, mend in (
-        ("g++", "builds custom ops", "apt-get install g++"),
-        ("nvcc", "builds CUDA ops", "install NVIDIA's CUDA toolkit if there is a GPU"),
+        ("g++", "for kernels of your own; nothing here is compiled", "apt-get install g++"),
+        ("nvcc", "for CUDA kernels of your own; nothing here is compiled", ""),
     ):
         path = shutil.which(tool)
         yield Check("machine", tool, "OK" if path else "missing", path or f"optional: {use}", mend="" if path else mend)
@@ -101,7 +101,7 @@ def check_environment() -> Iterator[Check]:
 
 
 def check_paddle() -> Iterator[Check]:
-    """Devices, the matmul rate, and which operations run, or why Paddle cannot be imported."""
+    """Devices, the matmul rate, and which of Paddle's operations run, or why it cannot be imported."""
     try:
         import paddle
     except (ImportError, OSError) as error:
@@ -142,7 +142,7 @@ def check_collectives(paddle: object) -> Iterator[Check]:
 
 
 def kernel_probes(paddle: object) -> dict[str, Callable[[], object]]:
-    """Operation -> a smallest call of it. What fails here falls back to the plain reference in ``ernie5/ops``."""
+    """Operation -> a smallest call of it. For whoever writes a kernel: ``ernie5/ops`` is plain Paddle."""
     functional = paddle.nn.functional
     rms_norm = paddle.incubate.nn.functional.fused_rms_norm
     x, weight = paddle.rand([1, 8, 2, 16]), paddle.ones([16])
@@ -157,11 +157,13 @@ def kernel_probes(paddle: object) -> dict[str, Callable[[], object]]:
 
 
 def check_kernels(paddle: object) -> Iterator[Check]:
+    found = "each operation runs its reference in plain Paddle; the fused attention and norm below are not used"
+    yield Check("kernels", "ernie5/ops", "info", found)
     for name, call in kernel_probes(paddle).items():
         try:
             call()
         except (RuntimeError, ValueError, TypeError, NotImplementedError, AttributeError, OSError) as error:
-            yield Check("kernels", name, "info", f"not on this device ({type(error).__name__}); the reference serves")
+            yield Check("kernels", name, "info", f"not on this device ({type(error).__name__})")
         else:
             yield Check("kernels", name, "OK", "runs")
 

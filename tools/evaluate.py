@@ -28,7 +28,7 @@ def main() -> int:
         if options.items is not None and options.items < 1:
             raise ValueError(f"--items: found {options.items}, expected a positive number")
         values = evaluate(options.run_dir, only, options.items, options.seed, options.checkpoint, options.out)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"evaluate: {error}", file=sys.stderr)
         return 2
     print(formatted_table(values))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from ernie5.config import load_config  # noqa: E402
+from ernie5.config import load_config
 
 
 def main() -> int:
@@ -19,7 +19,7 @@ def main() -> int:
     parser.add_argument("config", help="YAML of the run")
     parser.add_argument("overrides", nargs="*", help="section.key=value")
     parser.add_argument("--force", action="store_true", help="encode again where a corpus exists")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     try:
         prepare(options)
     except ValueError as error:
@@ -29,7 +29,7 @@ def main() -> int:
 
 
 def prepare(options: argparse.Namespace) -> None:
-    from ernie5.data import CodedCorpus, fingerprint, raw_samples
+    from ernie5.data import CodedCorpus, fingerprint, fitting, raw_samples
     from ernie5.tokenizers.bundle import Tokenizers
 
     config = load_config(options.config, options.overrides)
@@ -42,7 +42,8 @@ def prepare(options: argparse.Namespace) -> None:
     tokenizers = Tokenizers.load(run_dir / "tokenizers")
     print("rendering the raw samples", flush=True)
     samples = raw_samples(config, "train")
-    corpus = CodedCorpus(tokenizers.encode_samples(samples), made_by)
+    coded = fitting(tokenizers.encode_samples(samples), tokenizers.text, config)
+    corpus = CodedCorpus(coded, made_by)
     corpus.save(folder)
     print(f"{folder}: " + ", ".join(f"{task} {len(indices)}" for task, indices in corpus.tasks.items()))
 

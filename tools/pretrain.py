@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from ernie5.config import Config, dump_config, load_config
+from ernie5.config import Config, load_config
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -30,14 +30,14 @@ def main(arguments: list[str] | None = None) -> int:
 def pretrain(config: Config, choice: str = "auto") -> None:
     """Builds dataset, model and trainer from ``config`` and trains; ``choice`` as in ``ernie5.trainer.start``."""
     from ernie5.model import Ernie5Config, Ernie5ForCausalLM
-    from ernie5.trainer import Ernie5Trainer, start, training_arguments
+    from ernie5.trainer import Ernie5Trainer, record_start, start, training_arguments
 
     run_dir = Path(config.run.dir)
     dataset = build_dataset(config, run_dir)
     resume = start(config, run_dir, choice)
-    dump_config(config, run_dir / "config.yaml")
     model = Ernie5ForCausalLM(Ernie5Config.from_model_config(config.model), seed=config.trainer.seed)
     trainer = Ernie5Trainer(model=model, args=training_arguments(config, run_dir), train_dataset=dataset)
+    record_start(config, run_dir, model)
     trainer.train(resume=resume)
     print(f"{run_dir}/checkpoints/final: weights after {config.trainer.max_steps} steps")
 
@@ -65,7 +65,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--resume", action="store_true", help="continue a run even if the configuration has changed since")
     how.add_argument("--fresh", action="store_true", help="remove an earlier run's checkpoints and logs, start anew")
-    return parser.parse_args(arguments)
+    return parser.parse_intermixed_args(arguments)
 
 
 if __name__ == "__main__":

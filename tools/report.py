@@ -17,7 +17,7 @@ def main() -> int:
     options = parser.parse_args()
     try:
         print(f"report: {write_report(options.run_dir)}")
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"report: {error}", file=sys.stderr)
         return 2
     return 0

@@ -8,13 +8,20 @@ VENV_DIR="${ERNIE5_VENV:-$ERNIE5_ROOT/.venv}"
 VENV_PYTHON="$VENV_DIR/bin/python"
 
 ernie5_find_python() {
-    local candidate
-    for candidate in ${ERNIE5_PYTHON:+"$ERNIE5_PYTHON"} python3.11 python3.12 python3 python; do
+    local candidate candidates=(python3.11 python3.12 python3 python)
+    if [ -n "${ERNIE5_PYTHON:-}" ]; then
+        candidates=("$ERNIE5_PYTHON")
+    fi
+    for candidate in "${candidates[@]}"; do
         if "$candidate" -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; then
             echo "$candidate"
             return 0
         fi
     done
+    if [ -n "${ERNIE5_PYTHON:-}" ]; then
+        echo "setup: ERNIE5_PYTHON=$ERNIE5_PYTHON is not a Python 3.11 or 3.12 with its venv module; correct or unset it" >&2
+        return 1
+    fi
     echo "setup: needs Python 3.11 or 3.12 with its venv module, found neither;" \
         "install it (Debian: apt-get install python3 python3-venv) or set ERNIE5_PYTHON=/path/to/python3.11" >&2
     return 1
@@ -67,13 +74,14 @@ ernie5_pip_install() {
 
 ernie5_setup() {
     local python stamp wanted started=$SECONDS
+    if [ -n "${ERNIE5_PYTHON:-}" ]; then
+        ernie5_find_python >/dev/null || return 1
+    fi
     stamp="$VENV_DIR/requirements.stamp"
     wanted="$(cat "$ERNIE5_ROOT/requirements.txt" "$ERNIE5_ROOT/requirements-data.txt" | cksum)"
     if [ -x "$VENV_PYTHON" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
         return 0
     fi
-    command -v g++ >/dev/null 2>&1 ||
-        echo "setup: no g++ here; everything runs without it, but custom ops cannot be built (Debian: apt-get install g++)" >&2
     if [ ! -x "$VENV_PYTHON" ]; then
         python="$(ernie5_find_python)" || return 1
         echo "setup: making $VENV_DIR with $("$python" --version 2>&1)"

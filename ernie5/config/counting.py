@@ -61,7 +61,7 @@ def _block_parts(model: ModelConfig) -> dict[str, int]:
 def _outer_parts(model: ModelConfig) -> dict[str, int]:
     """Parameters outside the blocks by part; the text head is tied to the text embedding."""
     d, cnn, vit = model.hidden_size, model.vision_cnn_dim, model.vision_vit_dim
-    merger = 2 * (cnn + vit) + (cnn + 1) * vit + (vit + 1) * 3 * vit + (vit + 1) * vit + (vit + 1) * d
+    merger = 2 * (cnn + vit) + (cnn + 1) * vit + (vit + 1) * 3 * vit + (vit + 1) * vit + (vit + 1) * d + 16 * vit
     return {
         "text_embedding": model.vocab_size * d,
         "vision_embedding": (model.vision_bits + 1) * d + (model.vision_num_scales + 1) * d,

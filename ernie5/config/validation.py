@@ -77,6 +77,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "tokenizers.audio.latent_dim": COUNT,
     "tokenizers.audio.channels": COUNT,
     "tokenizers.audio.teacher_steps": NATURAL,
+    "tokenizers.audio.speaker_steps": NATURAL,
     "tokenizers.audio.codec_steps": COUNT,
     "tokenizers.audio.batch_size": COUNT,
     "tokenizers.audio.learning_rate": POSITIVE,
@@ -137,7 +138,7 @@ def validate_model(model: ModelConfig, source: str = "config") -> None:
 
 
 def vision_positions(scales: Sequence[int], latent_frames: int) -> int:
-    """Positions of an image (1 latent frame) or clip in the sequence, its begin and end tokens included (§2.2.3)."""
+    """Positions of an image (1 latent frame) or clip in the sequence, begin and end included (report Figure 2)."""
     return 2 + latent_frames * (sum(side * side for side in scales[1:]) + 1)
 
 

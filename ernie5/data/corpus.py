@@ -6,7 +6,6 @@ ones, int16), ``samples.json`` (parts with offsets, texts, tasks, meta) and ``co
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,16 +17,6 @@ from ernie5.sequence.parts import AudioCodes, CodedPart, Sample, SpeakerEmbeddin
 
 FORMAT_VERSION = 1
 REMEDY = "make it with tools/prepare_data.py"
-
-
-def fingerprint(tokenizers_dir: str | Path) -> str:
-    """A hash of every file below a tokenizers' folder: codes belong to the tokenizers that made them."""
-    digest = hashlib.sha256()
-    folder = Path(tokenizers_dir)
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        digest.update(str(path.relative_to(folder)).encode())
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
 
 
 class CodedCorpus:

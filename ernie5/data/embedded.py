@@ -22,6 +22,10 @@ def sources(config: Config) -> list[Source]:
     if config.data.manifests:
         vision, audio = config.tokenizers.vision, config.tokenizers.audio
         return [ManifestSource(folder, vision, audio, config.data.on_bad_line) for folder in config.data.manifests]
+    return _embedded(config)
+
+
+def _embedded(config: Config) -> list[Source]:
     seed = config.data.seed
     return [
         TextSource(),
@@ -44,14 +48,21 @@ def tokenizer_material(config: Config, kind: str) -> list[str] | tuple:
     """What a tokenizer is trained on, from the training split alone.
 
     "text": strings. "vision": images uint8 [N,H,W,3], captions, clips uint8 [M,T,H,W,3]. "audio": waves, transcripts,
-    speakers ("" where a manifest names none).
+    speakers ("" where a manifest names none). Where the manifests hold no picture or no recording, the embedded ones
+    take their place.
     """
-    samples = [sample for source in sources(config) if kind in source.feeds for sample in source.samples("train")]
+    samples = _train_samples(sources(config), kind)
     if kind == "text":
         return _texts(samples)
-    if kind == "vision":
-        return _pictures(samples)
-    return _recordings(samples)
+    collect, what = (_pictures, "picture") if kind == "vision" else (_recordings, "recording")
+    if (found := collect(samples)) is None:
+        print(f"data.manifests hold no {what}: the {kind} tokenizer learns from the embedded data instead", flush=True)
+        found = collect(samples + _train_samples(_embedded(config), kind))
+    return found
+
+
+def _train_samples(chosen: Sequence[Source], kind: str) -> list[Sample]:
+    return [sample for source in chosen if kind in source.feeds for sample in source.samples("train")]
 
 
 def _texts(samples: Sequence[Sample]) -> list[str]:
@@ -69,7 +80,7 @@ def _words(sample: Sample) -> str:
     return " ".join(text if isinstance(text, str) else text[0] for text in parts)
 
 
-def _pictures(samples: Sequence[Sample]) -> tuple[np.ndarray, list[str], np.ndarray]:
+def _pictures(samples: Sequence[Sample]) -> tuple[np.ndarray, list[str], np.ndarray] | None:
     pictures: dict[int, tuple[np.ndarray, str]] = {}
     clips: dict[int, np.ndarray] = {}
     for sample in samples:
@@ -79,13 +90,15 @@ def _pictures(samples: Sequence[Sample]) -> tuple[np.ndarray, list[str], np.ndar
             elif isinstance(part, Video):
                 clips.setdefault(id(part.frames), part.frames)
     if not pictures:
-        raise ValueError("the data holds no picture; a vision tokenizer needs some (add images to a manifest)")
+        return None
     shape = next(iter(pictures.values()))[0].shape
+    if other := [clip.shape[1:] for clip in clips.values() if clip.shape[1:] != shape]:
+        raise ValueError(f"pictures are {shape}, clips {other[0]}; add pictures of that size to a manifest")
     moving = np.stack(list(clips.values())) if clips else np.zeros((0, 1, *shape), np.uint8)
     return np.stack([p for p, _ in pictures.values()]), [c for _, c in pictures.values()], moving
 
 
-def _recordings(samples: Sequence[Sample]) -> tuple[list[np.ndarray], list[str], list[str]]:
+def _recordings(samples: Sequence[Sample]) -> tuple[list[np.ndarray], list[str], list[str]] | None:
     found: dict[int, tuple[np.ndarray, str, str]] = {}
     for sample in samples:
         speaker = str(sample.meta.get("voice", sample.meta.get("speaker", "")))
@@ -93,6 +106,6 @@ def _recordings(samples: Sequence[Sample]) -> tuple[list[np.ndarray], list[str],
             if isinstance(part, Audio) and not any(isinstance(other, Speaker) for other in sample.parts):
                 found.setdefault(id(part.wave), (part.wave, str(sample.meta.get("text", _words(sample))), speaker))
     if not found:
-        raise ValueError("the data holds no recording; an audio tokenizer needs some (add audio to a manifest)")
+        return None
     waves, transcripts, speakers = (list(column) for column in zip(*found.values(), strict=True))
     return waves, transcripts, speakers

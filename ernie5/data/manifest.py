@@ -5,7 +5,7 @@
 
 Parts: ``text`` (a string or several wordings), ``image``, ``video``, ``audio`` (with ``generate``), ``speaker`` (a
 recording whose voice the following audio has). Paths are relative to the manifest. ``split`` is "train" (default) or
-"heldout"; ``speaker_name`` names the voice of a line's recordings.
+"heldout"; ``speaker_name`` names the voice of a line's recordings. ``meta["source"]`` of a sample is "FILE:LINE".
 """
 
 from __future__ import annotations
@@ -73,6 +73,7 @@ class ManifestSource:
                 print(f"skipped {message}", file=sys.stderr)
                 self.skipped += 1
                 continue
+            sample.meta["source"] = f"{path}:{number}"
             samples[split].append(sample)
         if self.skipped:
             print(f"{path}: {self.skipped} bad lines skipped, {sum(map(len, samples.values()))} kept", file=sys.stderr)

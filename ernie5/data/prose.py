@@ -68,12 +68,15 @@ def _topics() -> dict[str, str]:
 
 @lru_cache(maxsize=2)
 def _docstrings(characters: int) -> dict[str, str]:
-    """ "module PATH" -> its docstrings, each once; modules in order of their hash until ``characters`` are found."""
+    """ "module PATH" -> its docstrings, each once, until ``characters`` are found.
+
+    The order of modules is a hash too, but not the one that splits them.
+    """
     root = Path(sysconfig.get_paths()["stdlib"])
     names = {f"module {path.relative_to(root)}": path for path in root.rglob("*.py")}
     seen: set[str] = set()
     found = {}
-    for name in sorted(names, key=fraction):
+    for name in sorted(names, key=lambda name: fraction(f"order {name}")):
         if characters <= 0:
             break
         texts = [text for text in _module_docstrings(names[name], root) if text not in seen]

@@ -26,6 +26,7 @@ HELDOUT_VARIANTS = ("f2", "m3", "m6")
 RATES = (135, 185)  # words per minute, drawn between
 PITCHES = (30, 65)
 RANGES = (35, 65)
+UNNAMED = 6  # one in so many requests to speak names no speaker
 LEAD, TRAIL = 0.10, 0.14  # seconds of silence kept around an utterance
 
 QUESTIONS = ("what was said?", "what did you hear?", "which number was spoken?")
@@ -81,16 +82,19 @@ class SpeechSource:
         return plan
 
     def _generation(self, recordings: list[Recording]) -> list[Sample]:
-        """One sample a digit recording; the voice is shown by another recording of the same voice, another phrase."""
+        """One sample a digit recording; the voice is shown by another recording of the same voice, another phrase.
+
+        Every ``UNNAMED``-th shows no voice, so that a request without a speaker can be followed too.
+        """
         rng = np.random.default_rng([self.seed, len(recordings)])
         by_voice: dict[str, list[Recording]] = {}
         for recording in recordings:
             by_voice.setdefault(recording.said.voice, []).append(recording)
         samples = []
-        for recording in recordings:
-            if recording.said.text in DIGIT_WORDS:
-                others = [r for r in by_voice[recording.said.voice] if r.said.text != recording.said.text]
-                samples.append(_generation(recording, others[rng.integers(len(others))]))
+        for i, recording in enumerate(r for r in recordings if r.said.text in DIGIT_WORDS):
+            others = [r for r in by_voice[recording.said.voice] if r.said.text != recording.said.text]
+            other = others[rng.integers(len(others))]
+            samples.append(_generation(recording, None if i % UNNAMED == 0 else other))
         return samples
 
 
@@ -103,7 +107,8 @@ def _understanding(recording: Recording) -> Sample:
     return Sample(parts, task="speech_und", meta=_meta(recording))
 
 
-def _generation(recording: Recording, other: Recording) -> Sample:
+def _generation(recording: Recording, other: Recording | None) -> Sample:
     prompts = tuple(request.format(recording.said.text) for request in REQUESTS)
-    parts = [Text(prompts), Speaker(other.wave), Audio(recording.wave, generate=True)]
+    voice = [] if other is None else [Speaker(other.wave)]
+    parts = [Text(prompts), *voice, Audio(recording.wave, generate=True)]
     return Sample(parts, task="speech_gen", meta=_meta(recording))

@@ -6,8 +6,8 @@ import re
 
 import numpy as np
 
+from ernie5.evaluation.audio_quality import audio_reconstruction_snr
 from ernie5.evaluation.generating import answer_texts, generate_all
-from ernie5.evaluation.judges import snr
 from ernie5.evaluation.measure import Measurement, Scope, majority_share, prompt_of, prompt_text, share, target_of
 from ernie5.evaluation.samples import Exhibit
 from ernie5.evaluation.speech_judge import SpeechJudge
@@ -66,14 +66,17 @@ def speech_generation(scope: Scope) -> Measurement:
 
 
 def audio_reconstruction(scope: Scope) -> Measurement:
-    """SNR of held-out speech through the codec; a codec that keeps no phase can be clear to the ear and low here."""
+    """SNR of held-out speech through the codec, of the waveform and of the mel spectrum. Baseline: silence."""
     samples = scope.draw("speech_gen", 40)
     waves = [target_of(sample).wave for sample in samples]
     copies = [restored(scope, wave) for wave in waves]
-    key = "audio_reconstruction_snr"
+    kept = [audio_reconstruction_snr(a, b) for a, b in zip(waves, copies, strict=True)]
+    silent = [audio_reconstruction_snr(wave, np.zeros_like(wave)) for wave in waves]
     values = {
-        key: float(np.mean([snr(a, b) for a, b in zip(waves, copies, strict=True)])),
-        f"{key}_baseline": 0.0,  # silence
+        "audio_reconstruction_snr": float(np.mean([one.waveform_snr for one in kept])),
+        "audio_reconstruction_snr_baseline": float(np.mean([one.waveform_snr for one in silent])),
+        "audio_reconstruction_spectral_snr": float(np.mean([one.spectral_snr for one in kept])),
+        "audio_reconstruction_spectral_snr_baseline": float(np.mean([one.spectral_snr for one in silent])),
     }
     exhibits = []
     for sample, wave, copy in list(zip(samples, waves, copies, strict=True))[:3]:

@@ -12,7 +12,7 @@ from ernie5.sequence.document import Document
 from ernie5.sequence.parts import RawPart, Sample
 from ernie5.sequence.spec import LayoutSpec
 
-GUIDANCE = 2.0  # classifier-free guidance of every picture and clip that is measured
+VISION = {"guidance": 2.0, "temperature": 0.3}  # decoding of every picture and clip that is measured
 ANSWER_TOKENS = 24
 
 

@@ -36,13 +36,6 @@ def psnr(reference: np.ndarray, candidate: np.ndarray) -> float:
     return float(10.0 * np.log10(255.0**2 / max(error, 1e-10)))
 
 
-def snr(reference: np.ndarray, candidate: np.ndarray) -> float:
-    """Signal-to-noise ratio in dB of two waves; the longer one is cut to the shorter."""
-    length = min(len(reference), len(candidate))
-    signal, other = reference[:length].astype(np.float64), candidate[:length].astype(np.float64)
-    return float(10.0 * np.log10(max(np.sum(signal**2), 1e-10) / max(np.sum((signal - other) ** 2), 1e-10)))
-
-
 # --- digits -------------------------------------------------------------------------------------------------------
 
 

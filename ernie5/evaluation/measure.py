@@ -35,6 +35,7 @@ class Scope:
     run_dir: Path
     items: int = 100  # held-out items of a generated metric
     seed: int = 0  # another seed draws other items and other random choices
+    out_dir: Path | None = None  # for files that belong to the figures; None: the run's own
     cache: dict[str, Any] = field(default_factory=dict)  # what several metrics share, such as a trained judge
 
     def rng(self, name: str) -> np.random.Generator:

@@ -54,7 +54,10 @@ REGISTRY: tuple[Metric, ...] = (
     ),
     Metric(("video_generation_accuracy",), ("clip_gen",), video_metrics.video_generation, "making clips"),
     Metric(
-        ("video_next_frame_psnr", "video_copy_last_psnr"), ("clip_gen",), video_metrics.next_frame, "continuing clips"
+        ("video_next_frame_psnr", "video_next_frames_psnr", "video_copy_last_psnr"),
+        ("clip_gen",),
+        video_metrics.next_frame,
+        "continuing clips",
     ),
     Metric(("video_understanding_accuracy",), ("clip_und",), video_metrics.video_understanding, "watching clips"),
     Metric(
@@ -63,7 +66,12 @@ REGISTRY: tuple[Metric, ...] = (
         vision_metrics.image_reconstruction,
         "restoring images",
     ),
-    Metric(("audio_reconstruction_snr",), ("speech_gen",), audio_metrics.audio_reconstruction, "restoring speech"),
+    Metric(
+        ("audio_reconstruction_snr", "audio_reconstruction_spectral_snr"),
+        ("speech_gen",),
+        audio_metrics.audio_reconstruction,
+        "restoring speech",
+    ),
 )
 
 
@@ -84,15 +92,21 @@ def chosen_metrics(only: Sequence[str], tasks: Sequence[str] | None) -> list[Met
     if only and missing:
         lacking = sorted(set(missing[0].tasks) - set(tasks))
         raise ValueError(
-            f"metric {missing[0].keys[0]!r} needs held-out samples of {', '.join(lacking)}; the data have none"
+            f"metric {missing[0].keys[0]!r} needs held-out samples of {', '.join(lacking)} (embedded data); "
+            "the data have none"
         )
     return [metric for metric in wanted if metric not in missing]
 
 
 def measure(scope: Scope, only: Sequence[str] = (), progress: bool = True) -> Measurement:
-    """Measures the chosen metrics one after another; figures flat by key, exhibits in the same order."""
+    """Measures the chosen metrics one after another; figures flat by key, exhibits in the same order.
+
+    Metrics of a task know what the embedded data say of its samples. Own data, whatever their tasks are called, are
+    shown and not judged.
+    """
     total = Measurement({})
-    present = [task for task, samples in scope.samples.items() if len(samples)]
+    own = bool(scope.config.data.manifests)
+    present = [] if own else [task for task, samples in scope.samples.items() if len(samples)]
     bar = tqdm(chosen_metrics(only, present), desc="evaluate", unit="metric", disable=not progress)
     for metric in bar:
         bar.set_description(f"evaluate: {metric.doing}")
@@ -100,6 +114,6 @@ def measure(scope: Scope, only: Sequence[str] = (), progress: bool = True) -> Me
         total.values.update(result.values)
         total.exhibits += result.exhibits
     if not only:
-        judged = frozenset(task for metric in REGISTRY for task in metric.tasks)
+        judged = frozenset() if own else frozenset(task for metric in REGISTRY for task in metric.tasks)
         total.exhibits += showcase.own_tasks(scope, judged).exhibits
     return total

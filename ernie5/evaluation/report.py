@@ -19,7 +19,7 @@ from ernie5.config import Config, load_config, num_params
 from ernie5.evaluation.charts import expert_load_map, load_entropy, loss_curves
 from ernie5.evaluation.cost_metrics import read_log
 from ernie5.evaluation.requirements import Row, formatted, table
-from ernie5.evaluation.samples import IndexEntry, read_index
+from ernie5.evaluation.samples import INDEX, IndexEntry, read_index
 from ernie5.files import replacing
 
 SIGNS = {">=": "≥", "<=": "≤", ">": "&gt;", "<": "&lt;"}
@@ -91,8 +91,8 @@ def write_report(run_dir: Path) -> Path:
 def render(run_dir: Path) -> str:
     """The page as one string of HTML."""
     config = load_config(run_dir / "config.yaml")
-    values = json.loads((run_dir / "metrics.json").read_text(encoding="utf-8"))
-    log, stages, entries = read_log(run_dir), _stages(run_dir), read_index(run_dir / "samples")
+    values = _read_json(run_dir / "metrics.json")
+    log, stages, entries = read_log(run_dir), _stages(run_dir), _entries(run_dir / "samples")
     rows = table(values)
     sections = [section for section in SECTIONS if any(e.section in dict(section.sections) for e in entries)]
     body = [
@@ -137,7 +137,8 @@ def _heading(
     return (
         "<h1>One model, four modalities</h1>"
         '<p class="lead">A mixture-of-experts model after the ERNIE 5.0 report, trained from scratch on text, images, '
-        "video and speech. Every sample below was made by its final checkpoint, on items it never saw in training.</p>"
+        "video and speech. Every sample below was made by its final checkpoint: answers are about held-out media, "
+        "icons are asked for in held-out combinations of colour and place; words of other requests may be known.</p>"
         f"<nav>{anchors}</nav>"
         f'<div class="tiles">{cells}</div>'
     )
@@ -243,7 +244,7 @@ def _training(log: Sequence[dict], loads: Mapping[str, np.ndarray], layers: int)
 def _loads(run_dir: Path) -> dict[str, np.ndarray]:
     """Token counts [R, E] of held-out samples by modality; empty without the file."""
     path = run_dir / "expert_load.json"
-    loads = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    loads = _read_json(path) if path.is_file() else {}
     return {name: np.asarray(load) for name, load in loads.items()}
 
 
@@ -303,8 +304,26 @@ def _going_on(run_dir: Path) -> str:
 def _stages(run_dir: Path) -> list[dict]:
     """Finished stages of the quickstart in order, each with ``name`` and ``seconds``; empty without the file."""
     path = run_dir / "stages.json"
-    stages = json.loads(path.read_text(encoding="utf-8"))["stages"] if path.is_file() else []
+    stages = _read_json(path).get("stages", []) if path.is_file() else []
     return [stage for stage in stages if stage.get("seconds") is not None]
+
+
+def _entries(folder: Path) -> list[IndexEntry]:
+    try:
+        return read_index(folder)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{folder / INDEX}: unreadable ({error}); let tools/evaluate.py write it anew") from None
+
+
+def _read_json(path: Path) -> dict:
+    """The object in a file. Raises ValueError that names the file when it is cut short or holds something else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: unreadable ({error}); delete it and make it anew") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: found {type(value).__name__}, expected a JSON object; delete it and make it anew")
+    return value
 
 
 def _count(value: float) -> str:

@@ -60,14 +60,16 @@ REQUIREMENTS: dict[str, Requirement] = {
     ),
     "video_generation_accuracy": Requirement("direction of the motion made on request", lambda values: 0.90),
     "video_next_frame_psnr": Requirement(
-        "predicted next frames, dB (copying the last frame is the bound)",
+        "predicted next frame, dB (copying the last frame is the bound)",
         lambda values: values["video_copy_last_psnr"],
         strictly=True,
     ),
+    "video_next_frames_psnr": Requirement("the same over all frames predicted at once, dB"),
     "video_understanding_accuracy": Requirement("names the direction of motion in held-out clips"),
     "icon_understanding_accuracy": Requirement("names colour and place of icons in unseen combinations"),
     "image_reconstruction_psnr": Requirement("vision tokenizer alone, dB"),
-    "audio_reconstruction_snr": Requirement("audio codec alone, dB"),
+    "audio_reconstruction_snr": Requirement("audio codec alone, waveform, dB (it makes up phases)"),
+    "audio_reconstruction_spectral_snr": Requirement("audio codec alone, mel spectrum, dB"),
     "active_fraction": Requirement(
         "share of expert parameters one token uses", lambda values: 0.10, False, strictly=True
     ),

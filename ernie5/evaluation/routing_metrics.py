@@ -32,7 +32,7 @@ def expert_load(scope: Scope) -> Measurement:
     if not by_modality:
         return Measurement({})
     loads = {name: _load(scope, samples) for name, samples in sorted(by_modality.items())}
-    write_json(scope.run_dir / FILE, {name: load.tolist() for name, load in loads.items()})
+    write_json((scope.out_dir or scope.run_dir) / FILE, {name: load.tolist() for name, load in loads.items()})
     total = sum(loads.values())
     return Measurement({"expert_load_entropy": float(load_entropy(total).mean())})
 

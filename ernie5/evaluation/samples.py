@@ -21,6 +21,7 @@ from ernie5.files import write_json
 
 MAGNIFY = 4  # 32-pixel pictures are written at 128 pixels, each pixel a sharp square
 FRAME_MS = 200
+INDEX = "index.json"
 KINDS = ("image", "clip", "audio", "text")
 
 
@@ -100,13 +101,13 @@ def write_samples(folder: Path, exhibits: Sequence[Exhibit]) -> list[IndexEntry]
         entries += [_write_one(folder, number, member) for number, member in enumerate(members)]
         _write_sheet(folder, section, members)
         _write_transcript(folder, section, members)
-    write_json(folder / "index.json", [asdict(entry) for entry in entries])
+    write_json(folder / INDEX, [asdict(entry) for entry in entries])
     return entries
 
 
 def read_index(folder: Path) -> list[IndexEntry]:
     """The entries a former ``write_samples`` left; an empty list where there are none."""
-    path = folder / "index.json"
+    path = folder / INDEX
     return [IndexEntry(**entry) for entry in json.loads(path.read_text())] if path.is_file() else []
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ernie5.evaluation.generating import GUIDANCE, generate_all
+from ernie5.evaluation.generating import VISION, generate_all
 from ernie5.evaluation.measure import Measurement, Scope, prompt_of, prompt_text, target_of
 from ernie5.evaluation.samples import Exhibit
 from ernie5.sequence.parts import Audio, Image, RawPart, Sample, Video
@@ -14,8 +14,8 @@ SECTION = "own"  # where they stand among the samples
 KINDS = {Image: "image", Video: "video", Audio: "audio"}
 OPTIONS = {
     "text": {"max_new_tokens": 60, "temperature": 0.0},
-    "image": {"guidance": GUIDANCE},
-    "video": {"guidance": GUIDANCE},
+    "image": VISION,
+    "video": VISION,
     "audio": {"temperature": 0.7},
 }
 

@@ -9,7 +9,7 @@ import numpy as np
 from ernie5.data.digits import DigitSource
 from ernie5.data.icons import COLOURS
 from ernie5.data.speech import DIGIT_WORDS
-from ernie5.evaluation.generating import GUIDANCE, answer_texts, generate_all, reconstructed
+from ernie5.evaluation.generating import VISION, answer_texts, generate_all, reconstructed
 from ernie5.evaluation.judges import PLACES, DigitJudge, IconJudge, psnr
 from ernie5.evaluation.measure import Measurement, Scope, majority_share, prompt_of, prompt_text, share, target_of
 from ernie5.evaluation.samples import Exhibit
@@ -58,7 +58,7 @@ def image_generation(scope: Scope) -> Measurement:
     asked = [members[(i // len(classes)) % len(members)] for i, members in enumerate(asked)]
     digits = np.array([sample.meta["digit"] for sample in asked])
     prompts = [prompt_of(sample) for sample in asked]
-    pictures = np.stack(generate_all(scope, "image_generation", prompts, "image", guidance=GUIDANCE))
+    pictures = np.stack(generate_all(scope, "image_generation", prompts, "image", **VISION))
     real = np.stack([target_of(sample).pixels for sample in asked])
     judge = digit_judge(scope)
     seen = judge.read(pictures)
@@ -79,9 +79,7 @@ def image_generation(scope: Scope) -> Measurement:
 def caption_attributes(scope: Scope) -> Measurement:
     """Colour and place of icons in combinations never trained on, measured from the pixels; both must be right."""
     samples = scope.draw("icon_gen")
-    pictures = np.stack(
-        generate_all(scope, "caption", [prompt_of(sample) for sample in samples], "image", guidance=GUIDANCE)
-    )
+    pictures = np.stack(generate_all(scope, "caption", [prompt_of(sample) for sample in samples], "image", **VISION))
     real = np.stack([target_of(sample).pixels for sample in samples])
     judge = IconJudge(COLOURS)
     readings = judge.read(pictures)
@@ -96,11 +94,11 @@ def caption_attributes(scope: Scope) -> Measurement:
         f"{key}_tokenizer": share(
             [(r.colour, r.place) == t for r, t in zip(judge.read(reconstructed(scope, real)), truth, strict=True)]
         ),
-        f"{key}_baseline": 1.0 / (len(COLOURS) * len(PLACES)),
+        f"{key}_baseline": majority_share(truth),
         "caption_colour_accuracy": share(colour),
-        "caption_colour_accuracy_baseline": 1.0 / len(COLOURS),
+        "caption_colour_accuracy_baseline": majority_share([wanted[0] for wanted in truth]),
         "caption_place_accuracy": share(place),
-        "caption_place_accuracy_baseline": 1.0 / len(PLACES),
+        "caption_place_accuracy_baseline": majority_share([wanted[1] for wanted in truth]),
     }
     exhibits = [
         Exhibit("icons", "image", picture, prompt_text(sample), f"{reading.colour}, {reading.place}", bool(ok))

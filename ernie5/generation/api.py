@@ -70,7 +70,8 @@ def generate(
     try:
         with paddle.no_grad():
             sampler = Sampler(sampling, seed, len(prompts))
-            decoder = Decoder(Walk(model, fields), steps, sampler, spec, len(prompts), guidance)
+            vocabulary = tokenizers.text.vocab_size
+            decoder = Decoder(Walk(model, fields), steps, sampler, spec, len(prompts), guidance, vocabulary)
             return _results(decoder, to, tokenizers, latents, num_frames)
     finally:
         model.train() if training else model.eval()

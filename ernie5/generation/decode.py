@@ -19,7 +19,10 @@ from ernie5.sequence.vocabulary import NUM_SPECIALS, Special
 
 @dataclass
 class Decoder:
-    """One batch on its way. ``prompts`` rows are kept; with ``guidance`` not 1 as many prompt-free ones follow them."""
+    """One batch on its way. ``prompts`` rows are kept; with ``guidance`` not 1 as many prompt-free ones follow them.
+
+    ``vocabulary`` is the number of text ids there are, where the model has room for more.
+    """
 
     walk: Walk
     steps: Sequence[Step]
@@ -27,6 +30,7 @@ class Decoder:
     spec: LayoutSpec
     prompts: int
     guidance: float = 1.0
+    vocabulary: int | None = None
 
     def _logits(self, values: np.ndarray) -> np.ndarray:
         """Logits of the prompts, [P, ...], from those of all rows."""
@@ -37,7 +41,7 @@ class Decoder:
         return values if self.walk.rows == self.prompts else np.concatenate([values, values])
 
     def text(self) -> list[list[int]]:
-        """Token ids of each prompt, up to and without EOS. Other special tokens are never chosen."""
+        """Token ids of each prompt, up to and without EOS. Other specials, and ids without a text, are never chosen."""
         ids: list[list[int]] = [[] for _ in range(self.prompts)]
         running = np.ones(self.prompts, bool)
         for step in self.steps:
@@ -46,6 +50,8 @@ class Decoder:
             end = logits[:, Special.EOS].copy()
             logits[:, :NUM_SPECIALS] = -np.inf
             logits[:, Special.EOS] = end
+            if self.vocabulary is not None:
+                logits[:, self.vocabulary :] = -np.inf
             chosen = self.sampler.classes(logits)
             running &= chosen != Special.EOS
             for row in np.flatnonzero(running):

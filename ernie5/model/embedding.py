@@ -11,9 +11,12 @@ from paddle import nn
 
 from ernie5.model.configuration import Ernie5Config
 
+LARGEST_K = 16  # patches of one token: 2x2 of an image, 2x2 over 4 frames of a clip
+
 
 class VisionEmbedding(nn.Layer):
-    """Accumulated scale features [N,d] -> [N,D]: a linear map plus a learned scale embedding (spec: VideoAR eq. 7).
+    """Accumulated scale features [N,d] -> [N,D]: a linear map plus a learned scale embedding (VideoAR, arXiv
+    2601.05966, eq. 7).
 
     Codes have norm 1, entries of 1/sqrt(d); they are scaled by sqrt(d) to unit variance first.
     """
@@ -32,7 +35,8 @@ class VisionEmbedding(nn.Layer):
 class PatchMerger(nn.Layer):
     """Attention over the 2K CNN and ViT patches of one token, then their mean (report §2.2.2).
 
-    ``mask`` [N,K] is 1 where a patch exists, so that images (K = 4) and clips (K = 16) share a batch.
+    ``mask`` [N,K] is 1 where a patch exists, so images (K = 4) and clips (K = 16) share a batch. ``slots`` tell the
+    patches of a token apart, above all their frames: attention and mean alone would not see the order of time.
     """
 
     def __init__(self, config: Ernie5Config) -> None:
@@ -45,11 +49,14 @@ class PatchMerger(nn.Layer):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.out = nn.Linear(dim, dim)
         self.proj = nn.Linear(dim, config.hidden_size)
+        self.slots = self.create_parameter([LARGEST_K, dim])
 
     def forward(self, cnn: paddle.Tensor, vit: paddle.Tensor, mask: paddle.Tensor) -> paddle.Tensor:
         """cnn [N,K,D_cnn], vit [N,K,D_vit], mask [N,K] -> [N,D]."""
         dtype = self.proj.weight.dtype
-        patches = paddle.concat([self.cnn(self.norm_cnn(cnn.astype(dtype))), self.norm_vit(vit.astype(dtype))], axis=1)
+        slots = self.slots[: cnn.shape[1]]
+        cnn = self.cnn(self.norm_cnn(cnn.astype(dtype))) + slots
+        patches = paddle.concat([cnn, self.norm_vit(vit.astype(dtype)) + slots], axis=1)
         present = paddle.concat([mask, mask], axis=1).astype(dtype)
         count, width, dim = patches.shape
         qkv = self.qkv(patches).reshape([count, width, 3, self.heads, dim // self.heads]).transpose([2, 0, 3, 1, 4])
@@ -61,7 +68,7 @@ class PatchMerger(nn.Layer):
 
 
 class AudioEmbedding(nn.Layer):
-    """Sum of level-specific code embeddings (report §2.3.2); the same tables feed the codes of a frame back by level."""
+    """Sum of level-specific code embeddings (report §2.3.2); the same tables feed a frame's codes back by level."""
 
     def __init__(self, config: Ernie5Config) -> None:
         super().__init__()

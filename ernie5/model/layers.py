@@ -8,7 +8,7 @@ from __future__ import annotations
 import paddle
 import paddle.nn.functional as F
 from paddle import nn
-from paddle.autograd import PyLayer
+from paddle.autograd import PyLayer, PyLayerContext
 
 from ernie5.model.configuration import Ernie5Config
 from ernie5.ops.attention import IntervalMask, flashmask_attention
@@ -21,14 +21,14 @@ class _RMSNorm(PyLayer):
     """x / rms(x) * weight with its gradient written out: half the passes over memory that autograd would make."""
 
     @staticmethod
-    def forward(ctx, x, weight, eps):
+    def forward(ctx: PyLayerContext, x: paddle.Tensor, weight: paddle.Tensor, eps: float):
         inverse = paddle.rsqrt((x * x).mean(-1, keepdim=True) + eps)
         normed = x * inverse
         ctx.save_for_backward(normed, inverse, weight)
         return normed * weight
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: PyLayerContext, grad: paddle.Tensor):
         normed, inverse, weight = ctx.saved_tensor()
         product = grad * normed
         scaled = paddle.matmul(product, weight.unsqueeze(-1)) / weight.shape[0]

@@ -1,6 +1,9 @@
 """One loss per modality, and the posterior weighting that makes one scalar of them.
 
 Shapes: N labelled rows. All losses are means weighted by ``loss_weight``, in nats; bits are averaged over the d bits.
+A mean runs over one micro-batch, whatever number of targets a modality has there; gradient accumulation averages these
+means, so a modality's relative weight shifts a little against one large batch, and one that is absent from some
+micro-batches counts less.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ def token_loss(logits: paddle.Tensor, labels: paddle.Tensor) -> paddle.Tensor:
 
 
 def bit_loss(logits: paddle.Tensor, labels: paddle.Tensor) -> paddle.Tensor:
-    """Mean two-way cross entropy over the labelled bits of each row: logits [N,d,2], labels [N,d] (-100 = unused) -> [N]."""
+    """Mean two-way cross entropy over a row's labelled bits: logits [N,d,2], labels [N,d] (-100: unused) -> [N]."""
     used = (labels != IGNORE).astype(logits.dtype)
     sign = labels.astype(logits.dtype) * 2 - 1
     wrong = F.softplus(-sign * (logits[..., 1] - logits[..., 0])) * used
@@ -45,7 +48,7 @@ class LossWeights(nn.Layer):
         self.fixed = dict.fromkeys(MODALITIES, 1.0)
 
     def forward(self, losses: dict[str, paddle.Tensor]) -> paddle.Tensor:
-        """Modality -> scalar loss (absent = not in this batch; "mtp" joins text with its own factor) -> weighted sum."""
+        """Modality -> scalar loss (absent: not in this batch; "mtp" joins text, with its factor) -> weighted sum."""
         if self.training:
             self._observe(losses)
         weights = self._weights()

@@ -5,10 +5,13 @@ Shapes: B batch, S positions, D hidden, L layers, Q codec levels, d bits, E expe
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import paddle
 import paddle.nn.functional as F
 from paddle import nn
+from safetensors import SafetensorError, safe_open
 
 from ernie5.model.configuration import Ernie5Config
 from ernie5.model.embedding import Embedding
@@ -17,7 +20,7 @@ from ernie5.model.initialise import initialise
 from ernie5.model.layers import Block, LayerCache, MoE, RMSNorm
 from ernie5.model.losses import LossWeights, bit_loss, token_loss, weighted_mean
 from ernie5.ops.attention import IntervalMask
-from ernie5.ops.rope import rope_tables
+from ernie5.ops.rope import RopeTables, rope_tables
 from ernie5.paddlenlp import PretrainedModel
 from ernie5.sequence.vocabulary import IGNORE, Kind, Special
 
@@ -49,6 +52,12 @@ class Ernie5ForCausalLM(Ernie5PretrainedModel):
         self.loss_weights = LossWeights()
         if not _is_lazy(self.norm.weight):
             self.initialise(seed)
+
+    @classmethod
+    def from_pretrained(cls, path: str, *args: object, **kwargs: object) -> Ernie5ForCausalLM:
+        """The model saved in the folder ``path``. Raises a one-line ValueError unless every name and shape fits."""
+        _check_weights(Path(path))
+        return super().from_pretrained(str(path), *args, **kwargs)
 
     def save_pretrained(self, save_dir: str, **kwargs: object) -> None:
         """``config.json`` and safetensors weights in ``save_dir``."""
@@ -133,7 +142,7 @@ class Ernie5ForCausalLM(Ernie5PretrainedModel):
                 audio_losses.append(token_loss(self.audio_logits(rows, level), codes[:, level]))
                 if i + 1 < len(self.layers):
                     hidden = hidden + self.audio_feedback(labels_audio[..., level], level)
-        losses = self._losses(hidden, batch, rope, mask, valid)
+        losses = self._losses(hidden, batch)
         if has_audio:
             weights = batch["loss_weight"].flatten().gather(at_audio)
             losses["audio"] = weighted_mean(paddle.stack(audio_losses, -1).mean(-1), weights)
@@ -141,12 +150,14 @@ class Ernie5ForCausalLM(Ernie5PretrainedModel):
             raise ValueError("the batch has no labelled position; every row must hold at least one target")
         return {"loss": self.loss_weights(losses), "losses": losses, "tokens": valid.sum()}
 
-    def _run_block(self, block, hidden, rope, mask, valid) -> paddle.Tensor:
+    def _run_block(
+        self, block: Block, hidden: paddle.Tensor, rope: RopeTables, mask: IntervalMask, valid: paddle.Tensor
+    ) -> paddle.Tensor:
         if not (self.config.recompute and self.training):
             return block(hidden, rope, mask, valid)
         return _recompute(block, hidden, rope, mask, valid)
 
-    def _losses(self, hidden, batch, rope, mask, valid) -> dict[str, paddle.Tensor]:
+    def _losses(self, hidden: paddle.Tensor, batch: dict[str, paddle.Tensor]) -> dict[str, paddle.Tensor]:
         losses = {}
         flat = hidden.reshape([-1, hidden.shape[-1]])
         weight = batch["loss_weight"].flatten()
@@ -159,13 +170,12 @@ class Ernie5ForCausalLM(Ernie5PretrainedModel):
         if rows.shape[0]:
             values = token_loss(self.text_logits(flat.gather(rows)), labels.gather(rows))
             losses["text"] = weighted_mean(values, weight.gather(rows))
-        labels = batch["labels_mtp"].flatten()
-        rows = at(labels) if self.mtp is not None else paddle.zeros([0])
-        if rows.shape[0]:
-            ahead = F.pad(batch["input_ids"][:, 1:], [0, 1], value=0)
-            state = self.mtp(hidden, self.embedding.tokens(ahead), rope, mask, valid)
-            logits = text_logits(state.reshape(flat.shape).gather(rows), self.embedding.tokens.weight)
-            losses["mtp"] = weighted_mean(token_loss(logits, labels.gather(rows)), weight.gather(rows))
+        if self.mtp is not None:
+            labels = batch["labels_mtp"].flatten()
+            rows = at(labels)
+            if rows.shape[0]:
+                logits = text_logits(self._ahead(flat, batch, rows), self.embedding.tokens.weight)
+                losses["mtp"] = weighted_mean(token_loss(logits, labels.gather(rows)), weight.gather(rows))
         labels = batch["labels_bits"].reshape([-1, self.config.vision_bits])
         kind = batch["kind"].flatten()
         for name, wanted in (("image", Kind.IMAGE_GEN), ("video", Kind.VIDEO_GEN)):
@@ -175,7 +185,31 @@ class Ernie5ForCausalLM(Ernie5PretrainedModel):
                 losses[name] = weighted_mean(values, weight.gather(rows))
         return losses
 
-    def _context(self, positions, intervals, query_start):
+    def _ahead(self, flat: paddle.Tensor, batch: dict[str, paddle.Tensor], rows: paddle.Tensor) -> paddle.Tensor:
+        """MTP states [N,D] of the positions ``rows`` [N] (flat, ascending) of the last block's output ``flat`` [B*S,D].
+
+        The block runs over these positions alone, packed into one row: others have nothing to predict two tokens
+        ahead. They attend causally within their document.
+        """
+        width = batch["input_ids"].shape[1]
+        ahead = F.pad(batch["input_ids"][:, 1:], [0, 1], value=0).flatten().gather(rows)
+        document = (batch["document"].flatten() + paddle.arange(flat.shape[0]) // width * (width + 1)).gather(rows)
+        count = rows.shape[0]
+        end = paddle.searchsorted(document, document, right=True)
+        columns = paddle.arange(count)
+        intervals = paddle.stack([end, paddle.full_like(end, count), paddle.zeros_like(end), columns], axis=-1)
+        rope, mask = self._context(
+            batch["positions"].reshape([-1, 3]).gather(rows).unsqueeze(0),
+            intervals.astype("int32").reshape([1, 1, count, 4]),
+            0,
+        )
+        every = paddle.ones([1, count], dtype="bool")
+        state = self.mtp(flat.gather(rows).unsqueeze(0), self.embedding.tokens(ahead).unsqueeze(0), rope, mask, every)
+        return state.squeeze(0)
+
+    def _context(
+        self, positions: paddle.Tensor, intervals: paddle.Tensor, query_start: int
+    ) -> tuple[RopeTables, IntervalMask]:
         config = self.config
         rope = rope_tables(
             positions.astype(self.norm.weight.dtype), config.head_dim, config.rope_base, config.rope_pattern
@@ -198,12 +232,43 @@ class Ernie5ForCausalLM(Ernie5PretrainedModel):
         return np.stack([router.counts.numpy() for router in self.routers()])
 
 
+def _check_weights(folder: Path) -> None:
+    """Compares the safetensors headers in ``folder`` with the model that its ``config.json`` describes."""
+    files = sorted(folder.glob("model*.safetensors"))
+    if not files or not (folder / "config.json").is_file():
+        raise ValueError(f"{folder}: no checkpoint here; expected config.json and safetensors weights")
+    found: dict[str, list[int]] = {}
+    try:
+        for file in files:
+            with safe_open(str(file), framework="np") as weights:
+                found.update({name: list(weights.get_slice(name).get_shape()) for name in weights.keys()})  # noqa: SIM118
+        config = Ernie5Config.from_pretrained(str(folder))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(f"{folder}: unreadable checkpoint ({error}); save it again or choose another") from None
+    with paddle.LazyGuard():
+        expected = {name: list(value.shape) for name, value in Ernie5ForCausalLM(config).state_dict().items()}
+    faults = [f"{name} is missing" for name in expected if name not in found]
+    faults += [f"{name} is not part of the model" for name in found if name not in expected]
+    faults += [
+        f"{name} has shape {found[name]}, expected {shape}"
+        for name, shape in expected.items()
+        if name in found and found[name] != shape
+    ]
+    if faults:
+        more = f" and {len(faults) - 1} more" if len(faults) > 1 else ""
+        raise ValueError(
+            f"{folder}: weights do not fit config.json: {faults[0]}{more}; is it a checkpoint of another shape?"
+        )
+
+
 def _is_lazy(parameter: paddle.Tensor) -> bool:
     """True for a parameter declared under ``paddle.LazyGuard``, which has a shape but no memory."""
     return not parameter._is_initialized()
 
 
-def _recompute(block: Block, hidden, rope, mask, valid) -> paddle.Tensor:
+def _recompute(
+    block: Block, hidden: paddle.Tensor, rope: RopeTables, mask: IntervalMask, valid: paddle.Tensor
+) -> paddle.Tensor:
     """Block without kept activations; its router does not count the second pass."""
     from paddle.distributed.fleet.utils import recompute
 

@@ -1,7 +1,8 @@
 """Attention under FlashMask column intervals (arXiv 2410.01359; four-value, non-causal form).
 
 Shapes: B batch, S query rows, M key columns, N query heads, G key/value heads, h head_dim. For key column j the four
-values (LTS, LTE, UTS, UTE) hide it from rows LTS <= r < LTE and UTS <= r < UTE; r counts from the start of the sequence.
+values (LTS, LTE, UTS, UTE) hide it from rows LTS <= r < LTE and UTS <= r < UTE; r counts from the sequence's start.
+The one implementation is the dense reference in plain Paddle, on every device: it costs S * M memory and work.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ HIDDEN = -1.0e30
 
 
 class IntervalMask:
-    """The intervals of one forward pass, with the dense additive mask the reference kernel needs, built once.
+    """The intervals of one forward pass, with the dense additive mask the reference needs, built once.
 
     ``intervals`` int32 [B,1,M,4]; the queries are rows ``query_start .. query_start + length`` of the sequence.
     """
@@ -33,7 +34,7 @@ class IntervalMask:
         return ((rows >= lts) & (rows < lte)) | ((rows >= uts) & (rows < ute))
 
     def additive(self, groups: int, repeats: int, dtype: paddle.dtype) -> paddle.Tensor:
-        """0 or ``HIDDEN``, expanded to [B, groups, repeats * S, M] (a same-shape add is several times a broadcast's speed)."""
+        """0 or ``HIDDEN``, expanded to [B, groups, repeats * S, M] (a same-shape add beats a broadcast by far)."""
         key = (groups, repeats, dtype)
         if key not in self._additive:
             dense = paddle.where(self.hidden(), paddle.full([], HIDDEN, dtype=dtype), paddle.full([], 0.0, dtype=dtype))
@@ -44,7 +45,7 @@ class IntervalMask:
 def flashmask_attention(q: paddle.Tensor, k: paddle.Tensor, v: paddle.Tensor, mask: IntervalMask) -> paddle.Tensor:
     """softmax(q kᵀ / √h + mask) v. q [B,S,N,h]; k, v [B,M,G,h] with N a multiple of G; returns [B,S,N,h].
 
-    Reference kernel: a dense softmax, grouped so that the query heads that share a key head are one matmul.
+    A dense softmax, grouped so that the query heads that share a key head are one matmul.
     """
     batch, length, heads, dim = q.shape
     groups = k.shape[2]

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import paddle
 import paddle.nn.functional as F
-from paddle.autograd import PyLayer
+from paddle.autograd import PyLayer, PyLayerContext
 
 
 class _Permutation:
     """Where each (token, k) assignment stands among E * C rows, and back. No assignment is ever dropped.
 
-    ``source`` [E*C]: the token of a row (T = an empty row); ``slot`` [T*K]: the row of an assignment (E*C = not routed).
+    ``source`` [E*C]: the token of a row (T = an empty row); ``slot`` [T*K]: an assignment's row (E*C = not routed).
     """
 
     def __init__(self, experts: paddle.Tensor, num_experts: int) -> None:
@@ -45,13 +45,13 @@ class _Dispatch(PyLayer):
     """x [T,D] -> rows [E,C,D]. Its gradient is a gather and a sum over k: no scatter-add anywhere."""
 
     @staticmethod
-    def forward(ctx, x, permutation):
+    def forward(ctx: PyLayerContext, x: paddle.Tensor, permutation: _Permutation):
         ctx.permutation = permutation
         rows = paddle.gather(_with_zero_row(x), permutation.source)
         return rows.reshape([*permutation.shape, x.shape[1]])
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: PyLayerContext, grad: paddle.Tensor):
         p = ctx.permutation
         flat = _with_zero_row(grad.reshape([-1, grad.shape[-1]]))
         return paddle.gather(flat, p.slot).reshape([p.tokens, p.top_k, -1]).sum(1)
@@ -61,7 +61,7 @@ class _Combine(PyLayer):
     """rows [E,C,D], weights [T,K] -> y [T,D] = sum over k of weight * row."""
 
     @staticmethod
-    def forward(ctx, rows, weights, permutation):
+    def forward(ctx: PyLayerContext, rows: paddle.Tensor, weights: paddle.Tensor, permutation: _Permutation):
         p = permutation
         picked = paddle.gather(_with_zero_row(rows.reshape([-1, rows.shape[-1]])), p.slot)
         picked = picked.reshape([p.tokens, p.top_k, -1])
@@ -70,7 +70,7 @@ class _Combine(PyLayer):
         return paddle.matmul(weights.unsqueeze(1), picked).squeeze(1)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: PyLayerContext, grad: paddle.Tensor):
         p = ctx.permutation
         picked, weights = ctx.saved_tensor()
         grad_weights = paddle.matmul(picked, grad.unsqueeze(-1)).squeeze(-1)
@@ -85,7 +85,7 @@ def moe_ffn(
 ) -> paddle.Tensor:
     """y [T,D] = sum_k weights[t,k] * down[e](swiglu(gate_up[e](x[t]))), e = experts[t,k]; -1 contributes nothing.
 
-    x [T,D]; experts int64 [T,K]; weights [T,K]; gate_up [E,D,2F] (gate first); down [E,F,D]. Reference kernel: experts
+    x [T,D]; experts int64 [T,K]; weights [T,K]; gate_up [E,D,2F] (gate first); down [E,F,D]. Experts are
     padded to the fullest one and multiplied as a batch.
     """
     permutation = _Permutation(experts, gate_up.shape[0])

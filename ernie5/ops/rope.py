@@ -10,7 +10,7 @@ from functools import lru_cache
 
 import numpy as np
 import paddle
-from paddle.autograd import PyLayer
+from paddle.autograd import PyLayer, PyLayerContext
 
 AXES = "thw"  # order of the last axis of ``positions``
 
@@ -65,12 +65,12 @@ class _Rotate(PyLayer):
     """x cos + turn(x) sin, where turn is a fixed [h,h] matrix: two products and a small matmul instead of slices."""
 
     @staticmethod
-    def forward(ctx, x, cos, sin, turn):
+    def forward(ctx: PyLayerContext, x: paddle.Tensor, cos: paddle.Tensor, sin: paddle.Tensor, turn: paddle.Tensor):
         ctx.save_for_backward(cos, sin, turn)
         return _rotate(x, cos, sin, turn)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: PyLayerContext, grad: paddle.Tensor):
         cos, sin, turn = ctx.saved_tensor()
         return _rotate(grad, cos, -sin, turn)
 

@@ -27,7 +27,7 @@ def route(
     activation: str = "sigmoid",
     scale: float = 1.0,
 ) -> Routing:
-    """Routes x [T,D] with ``weight`` [D,E]; ``bias`` [E] shifts the selection only; ``valid`` bool [T], False = padding.
+    """Routes x [T,D] with ``weight`` [D,E]; ``bias`` [E] shifts the selection only; ``valid`` bool [T], False = pad.
 
     Scores are computed in fp32 (or float64 where the inputs are). The K weights of a token sum to ``scale``.
     """

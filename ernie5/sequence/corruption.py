@@ -1,4 +1,5 @@
-"""Bit-flip self-correction: what a backbone must learn to repair (ERNIE 5.0 report §2.2.3; spec §2.5).
+"""Bit-flip self-correction: what a backbone must learn to repair (ERNIE 5.0 report §2.2.3; flip and
+re-quantise after Infinity, arXiv 2412.04431).
 
 T' latent frames, K scales. One flip probability per frame and scale: p ~ U(delta*t, p_max + delta*t), and the first
 scale of a later frame inherits the error of the frame before it, p ~ U(p of that frame's last scale, p_max + delta*t)

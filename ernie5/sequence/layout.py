@@ -2,8 +2,9 @@
 
 Text: plain ids. Generated image: BOI, the inputs of scales 2..K, the whole frame, EOI; video the same with BOV ... EOV
 and one such run a latent frame. The position holding scale k's input predicts scale k's bits, BOI / BOV or the frame
-before predicts scale 1 (ERNIE 5.0 report Figure 2; spec §2.3). Understood image, video or audio: opening token,
-features, closing token, SEP. Generated audio: BOA, frames, EOA, where each position predicts the next frame's codes.
+before predicts scale 1 (ERNIE 5.0 report Figure 2; VideoAR, arXiv 2601.05966, §4.2). Understood image, video or
+audio: opening token, features, closing token, SEP. Generated audio: BOA, frames, EOA, where each position predicts the
+next frame's codes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The dense meaning of the column intervals, for checks and for attention kernels without intervals of their own.
+"""The dense meaning of the column intervals, for checks of what attention sees.
 
 B rows of the batch, S key columns, R query rows.
 """

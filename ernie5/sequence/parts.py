@@ -55,7 +55,7 @@ class VisionLatent:
 
 @dataclass
 class VisionFeatures:
-    """Understanding path: N tokens of K patches each, CNN and ViT features side by side (spec §2.8)."""
+    """Understanding path: N tokens of K patches each, CNN and ViT features side by side (ERNIE 5.0 report §2.2.2)."""
 
     cnn: np.ndarray  # float [N, K, D_cnn]
     vit: np.ndarray  # float [N, K, D_vit]

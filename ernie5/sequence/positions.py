@@ -1,8 +1,9 @@
-"""Uni-RoPE coordinates (t, h, w) of every position (ERNIE 5.0 report §2.2.3; spec §1.4).
+"""Uni-RoPE coordinates (t, h, w) of every position (ERNIE 5.0 report §2.2.3).
 
 Text and audio have t = h = w = running index, which is ordinary 1-D RoPE. A visual block starts at the running index
 ``base``: t = base + frame, and (h, w) = base + the place inside the frame, where the grids of all scales are stretched
 to the final grid and share its geometric centre. After the block the index resumes at (largest coordinate used) + 1.
+The report states the common centre; stretching and the resumed index (Qwen2-VL's rule) are our choice.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ from enum import IntEnum
 
 
 class Special(IntEnum):
-    """Ids 0..15 of every vocabulary. PAD is 0 because padding never routes (spec §1.2)."""
+    """Ids 0..15 of every vocabulary. PAD is 0, the id that Baidu's published MoE modules never route."""
 
     PAD = 0
     BOS = 1  # begins a document
@@ -17,7 +17,7 @@ class Special(IntEnum):
     EOV = 6
     BOA = 7  # begins audio
     EOA = 8
-    SEP = 9  # after an understanding image, video or audio (spec §2.1)
+    SEP = 9  # after an understanding image, video or audio (the report's Figure 2 has it after an image)
     VISION = 10  # placeholder: an accumulated scale feature stands here (generation)
     PATCH = 11  # placeholder: a merged CNN+ViT feature stands here (understanding)
     AUDIO = 12  # placeholder: a frame of audio codes stands here

@@ -1,4 +1,5 @@
-"""Multi-scale bitwise spherical quantisation of one latent frame, in numpy (ERNIE 5.0 report §2.2.1; spec §2.2, §2.5).
+"""Multi-scale bitwise spherical quantisation of one latent frame, in numpy (ERNIE 5.0 report §2.2.1, after
+Infinity, arXiv 2412.04431).
 
 Shapes: ``n`` = h*w positions of the full grid, row-major; ``n_k`` = positions of scale ``k``; ``d`` bits;
 ``...`` any leading axes. Scales are counted from 0 here: ``scales[0]`` is the coarsest, ``scales[-1]`` the full grid.
@@ -86,7 +87,8 @@ class ScalePyramid:
         """Splits a latent [..., n, d] into scales.
 
         ``flip`` corrupts what is fed on, never the labels: those describe the residual against the corrupted
-        accumulation, so that each scale's label already corrects the flips of the earlier ones (spec §2.5).
+        accumulation, so that each scale's label already corrects the flips of the earlier ones (Infinity's
+        self-correction).
         """
         latent = np.asarray(latent, dtype=np.float32)
         total = np.zeros_like(latent)

@@ -148,7 +148,7 @@ class VisionTokenizer:
         return self.decode(self.quantise(self.encode(frames, bits)), bits)
 
     def features(self, frames: np.ndarray) -> tuple[np.ndarray, np.ndarray, tuple[int, int, int]]:
-        """Understanding features before any bottleneck (spec §2.8): cnn [B, N, K, D_cnn], vit [B, N, K, D_vit], grid.
+        """Features before any bottleneck (report §2.2.2): cnn [B, N, K, D_cnn], vit [B, N, K, D_vit], grid.
 
         Each frame is embedded alone. K = 4 (2x2 patches) for an image; K = 16 (2x2 patches of 4 neighbouring frames,
         the last frame repeated to fill) for a video. Tokens run over (T'', h'', w'') = grid, patches over (t, y, x).

@@ -44,7 +44,7 @@ class Encoder(nn.Layer):
         self.amplitude = bits**-0.5  # of one channel of a code
 
     def features(self, pixels: Tensor) -> Tensor:
-        """CNN features of single frames before the bottleneck: [N, C, H/4, W/4] (spec §2.8)."""
+        """CNN features of single frames before the bottleneck: [N, C, H/4, W/4] (report §2.2.2)."""
         x = self.stem(F.pixel_unshuffle(pixels, PATCH), pixels.shape[0])
         return self.fine(x, pixels.shape[0])
 

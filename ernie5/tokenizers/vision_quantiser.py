@@ -1,4 +1,5 @@
-"""Multi-scale bitwise spherical quantiser with straight-through gradients (ERNIE 5.0 report §2.2.1; spec §2.2).
+"""Multi-scale bitwise spherical quantiser with straight-through gradients (ERNIE 5.0 report §2.2.1, after
+Infinity, arXiv 2412.04431).
 
 Shapes: N frames, d bits, n = h*w positions of the full grid, n_k positions of scale k. Channels come before positions.
 Each latent frame is quantised alone, whatever its neighbours are.

@@ -40,7 +40,7 @@ class Schedules(TrainerCallback):
 
 
 class RouterBalance(TrainerCallback):
-    """Aux-loss-free balancing after every update (spec §1.2), from the counts the model gathered in its forwards."""
+    """Aux-loss-free balancing (report §2.1; arXiv 2408.15664) after every update, from the counts of its forwards."""
 
     def __init__(self, trainer: Ernie5Trainer) -> None:
         self.trainer = trainer

@@ -12,7 +12,7 @@ import numpy as np
 
 
 def load_metrics(load: np.ndarray) -> dict[str, np.ndarray]:
-    """Token counts [R,E] -> per router [R]: max / mean load, entropy / log E (spec §8), experts without a token.
+    """Token counts [R,E] -> per router [R]: max / mean load, entropy / log E (report Figure 10), experts with no token.
 
     A router that saw no token has max / mean 0 and entropy 0.
     """

@@ -8,7 +8,7 @@ import paddle
 from paddle import nn
 
 # Tables whose rows are looked up: a row that no position used has no gradient, and decay would only wear it away.
-LOOKED_UP = ("embedding.tokens.weight", "embedding.audio.weight", "embedding.vision.scales")
+LOOKED_UP = ("embedding.tokens.weight", "embedding.audio.weight", "embedding.vision.scales", "embedding.patches.slots")
 
 
 def decays(name: str, parameter: paddle.Tensor) -> bool:

@@ -58,13 +58,3 @@ def value_at(step: int, first: int, changes: Sequence[Sequence[int]]) -> int:
         if step >= start:
             value = changed
     return value
-
-
-def rows_before(step: int, rows_per_micro_batch: int, accumulation: int, ramp: Sequence[Sequence[int]]) -> int:
-    """Rows all updates before ``step`` consume when accumulation follows the ``ramp``: the data cursor of ``step``."""
-    micro_batches, since, current = 0, 0, accumulation
-    for start, changed in ramp:
-        until = min(start, step)
-        micro_batches += max(0, until - since) * current
-        since, current = max(since, until), changed if step >= start else current
-    return (micro_batches + (step - since) * current) * rows_per_micro_batch

@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict
 from pathlib import Path
 
+from paddle import nn
+
 from ernie5.config import Config, dump_config, load_config
-from ernie5.trainer.checkpoint import checkpoints_dir, forget_run, step_checkpoints
+from ernie5.tokenizers.fingerprint import check_tokenizers, record_tokenizers
+from ernie5.trainer.checkpoint import checkpoints_dir, forget_run, load_weights, step_checkpoints
 
 RECORD = "config.yaml"
 COMPARED = ("model", "tokenizers", "data", "trainer")
@@ -22,9 +25,10 @@ def differences(old: Config, new: Config) -> list[str]:
 
 
 def start(config: Config, run_dir: Path, choice: str = "auto") -> bool:
-    """Prepares ``run_dir`` and says whether to resume: "auto" resumes an equal run, "resume" any, "fresh" none.
+    """Whether to resume the run in ``run_dir``: "auto" resumes an equal run, "resume" any, "fresh" none.
 
-    ``ValueError`` if "auto" meets a run of another configuration. "fresh" removes what the old run wrote.
+    ``ValueError`` if "auto" meets a run of another configuration, or either a run with other tokenizers. Writes
+    nothing (``record_start`` does); "fresh" removes what the old run wrote.
     """
     if choice == "fresh":
         forget_run(run_dir)
@@ -37,8 +41,22 @@ def start(config: Config, run_dir: Path, choice: str = "auto") -> bool:
                 f"{run_dir} holds a run of another configuration ({'; '.join(changed[:3])}"
                 f"{'; ...' if len(changed) > 3 else ''}); --resume continues it with the new values, --fresh removes it"
             )
-    dump_config(config, record)
+    if found:
+        check_tokenizers(run_dir / "tokenizers", checkpoints_dir(run_dir))
     return bool(found)
+
+
+def record_start(config: Config, run_dir: Path, model: nn.Layer) -> None:
+    """Writes the configuration and what its checkpoints belong to, once nothing speaks against training ``model``.
+
+    ``ValueError``, with nothing written, if the newest checkpoint does not fit the model; its weights are loaded.
+    """
+    found = step_checkpoints(run_dir)
+    if found:
+        load_weights(model, found[-1])
+    dump_config(config, run_dir / "config.yaml")
+    dump_config(config, checkpoints_dir(run_dir) / RECORD)
+    record_tokenizers(run_dir / "tokenizers", checkpoints_dir(run_dir))
 
 
 def _flat(values: dict, prefix: str = "") -> dict[str, object]:

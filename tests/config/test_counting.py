@@ -71,10 +71,13 @@ def test_presets_are_the_files_and_grow():
     assert totals == sorted(totals)
 
 
-def test_nano_is_the_default_shape_and_sparse():
+def test_nano_is_small_and_sparse():
+    """Below a tenth of the expert parameters is at work, the shared expert counted or not."""
     nano = model_preset("nano")
-    assert dataclasses.replace(nano, preset="") == ModelConfig()
-    assert num_params(nano).expert_active_fraction < 0.10
+    count, shared = num_params(nano), nano.shared_expert_intermediate_size
+    routed, active = (n * nano.expert_intermediate_size for n in (nano.num_experts, nano.experts_per_token))
+    assert count.total < 8e6 and count.expert_active_fraction < 0.10
+    assert (active + shared) / (routed + shared) < 0.10
 
 
 def test_small_meets_the_totals_of_the_report():

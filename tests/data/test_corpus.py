@@ -8,7 +8,7 @@ from dataclasses import fields
 import numpy as np
 import pytest
 
-from ernie5.data.corpus import CodedCorpus, fingerprint
+from ernie5.data import CodedCorpus, fingerprint
 from ernie5.sequence.parts import Sample, VisionFeatures
 from tests.data.coded import corpus
 

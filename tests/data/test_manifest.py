@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from ernie5.config.schema import AudioTokenizerConfig, Config, VisionTokenizerConfig
-from ernie5.data import media
+from ernie5.data import embedded, media
 from ernie5.data.embedded import raw_samples
 from ernie5.data.manifest import ManifestSource
-from ernie5.sequence.parts import Audio, Image, Speaker, Text, Video
+from ernie5.sequence.parts import Audio, Image, Sample, Speaker, Text, Video
 
 
 @pytest.fixture
@@ -55,7 +56,7 @@ def test_every_kind_of_part_is_read(folder):
     np.testing.assert_array_equal(film.parts[1].frames[1], film.parts[1].frames[4])  # the last frame is repeated
     assert isinstance(say.parts[0], Speaker) and isinstance(say.parts[1], Audio)
     assert say.parts[1].wave.shape == (16000,) and say.parts[1].sample_rate == 16000
-    assert say.meta == {"speaker": "ada"}
+    assert say.meta == {"speaker": "ada", "source": f"{folder / 'manifest.jsonl'}:5"}
     assert set(source.tasks) == {folder.name, "draw", "film", "say"}
 
 
@@ -109,3 +110,25 @@ def test_manifests_take_the_place_of_the_embedded_data(folder):
     read(folder, {"split": "heldout", "parts": GOOD})
     with pytest.raises(ValueError, match="no training sample"):
         raw_samples(config, "train")
+
+
+def test_what_manifests_lack_a_tokenizer_learns_from_the_embedded_data(folder, monkeypatch, capsys):
+    spare = [
+        Sample([Text("a dot"), Image(np.zeros((32, 32, 3), np.uint8))]),
+        Sample([Audio(np.zeros(1600, np.float32), 16000)], meta={"voice": "eve", "text": "one"}),
+    ]
+    stand_in = SimpleNamespace(feeds={"text", "vision", "audio"}, samples=lambda split: spare)
+    monkeypatch.setattr(embedded, "_embedded", lambda config: [stand_in])
+    config = Config()
+    config.data.manifests = [str(folder)]
+    read(folder, [{"text": "a film"}, {"video": "media/long.gif"}])
+    pictures, captions, clips = embedded.tokenizer_material(config, "vision")
+    assert captions == ["a dot"] and len(pictures) == len(clips) == 1
+    assert embedded.tokenizer_material(config, "audio")[1:] == (["one"], ["eve"])
+    said = capsys.readouterr().out
+    assert "hold no picture: the vision" in said and "hold no recording: the audio" in said
+    read(folder, GOOD, [{"audio": "media/a.wav"}, {"text": "own"}])
+    assert embedded.tokenizer_material(config, "vision")[1] == ["a cat"]
+    assert embedded.tokenizer_material(config, "audio")[1] == ["own"]
+    assert embedded.tokenizer_material(config, "text") == ["what is this?", "a cat", "own"]
+    assert capsys.readouterr().out == ""

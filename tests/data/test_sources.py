@@ -157,6 +157,11 @@ def test_no_paragraph_of_the_heldout_prose_is_trained_on(prose):
     assert not names["train"] & names["heldout"]
 
 
+def test_a_cap_on_the_prose_favours_no_split(prose):
+    counts = {split: sum(s.meta["name"].startswith("module ") for s in samples) for split, samples in prose.items()}
+    assert counts["train"] > 3 * counts["heldout"]
+
+
 def test_training_prose_does_not_repeat_itself(prose):
     texts = [" ".join(p.split()) for s in prose["train"] for p in s.parts[0].text.split("\n\n")]
     long = [text for text in texts if len(text) >= SHORTEST_REPEAT]

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from ernie5.config import Config, EvaluationConfig
+from ernie5.config import Config, DataConfig, EvaluationConfig
 from ernie5.data.clips import ClipSource
 from ernie5.data.digits import DigitSource
 from ernie5.data.icons import IconSource
 from ernie5.data.speech import SpeechSource
-from ernie5.evaluation import audio_metrics, generating, video_metrics, vision_metrics
+from ernie5.evaluation import audio_metrics, generating, metrics, showcase, video_metrics, vision_metrics
 from ernie5.evaluation.measure import Scope, generated_part, prompt_of, target_of
 from ernie5.sequence.parts import Audio, Image, Text, Video
 
@@ -153,12 +155,13 @@ def test_next_frame_compares_with_copying_the_last_known_frame(scope, samples, m
 
     def copies(sample):
         frames = truth(sample)
-        return np.concatenate([frames[:3], frames[2:3], frames[2:3]])
+        return np.concatenate([frames[:3], frames[2:3], 255 - frames[2:3]])
 
     monkeypatch.setattr(generating, "generate", Generator(samples, copies))
     values = video_metrics.next_frame(scope).values
     assert values["video_next_frame_psnr"] == pytest.approx(values["video_copy_last_psnr"])
     assert 5 < values["video_copy_last_psnr"] < 30
+    assert values["video_next_frames_psnr"] < values["video_next_frames_psnr_baseline"] < values["video_copy_last_psnr"]
 
 
 def test_another_seed_draws_other_items_and_the_same_seed_the_same(samples, tmp_path):
@@ -178,4 +181,25 @@ def test_missing_samples_are_named(scope):
 def test_reconstruction_of_a_tokenizer_that_loses_nothing(scope):
     values = vision_metrics.image_reconstruction(scope).values
     assert values["image_reconstruction_psnr"] > 90 > values["image_reconstruction_psnr_baseline"] > 5
-    assert audio_metrics.audio_reconstruction(scope).values["audio_reconstruction_snr"] > 60
+    sound = audio_metrics.audio_reconstruction(scope).values
+    for key in ("audio_reconstruction_snr", "audio_reconstruction_spectral_snr"):
+        assert sound[key] > 60 and sound[f"{key}_baseline"] == pytest.approx(0.0, abs=0.01)
+
+
+def test_the_baseline_of_a_caption_is_its_most_frequent_answer(scope, samples, monkeypatch):
+    monkeypatch.setattr(generating, "generate", Generator(samples, truth))
+    values = vision_metrics.caption_attributes(scope).values
+    asked = [(sample.meta["colour"], sample.meta["place"]) for sample in scope.draw("icon_gen")]
+    pair = max(asked, key=asked.count)
+    assert values["caption_attribute_accuracy_baseline"] == asked.count(pair) / len(asked) > 1 / 40
+    assert values["caption_colour_accuracy_baseline"] >= asked.count(pair) / len(asked)
+
+
+def test_own_data_are_shown_but_not_judged_whatever_their_tasks_are_called(samples, tmp_path, monkeypatch):
+    clips = [replace(sample, meta={}) for sample in samples["clip_gen"][:3]]
+    known = Generator(samples, truth)
+    monkeypatch.setattr(showcase, "generate_all", lambda scope, name, prompts, *_, **__: known(None, None, prompts, ""))
+    monkeypatch.setattr(metrics, "REGISTRY", [metric for metric in metrics.REGISTRY if metric.tasks])
+    config = Config(data=DataConfig(manifests=["mine"]))
+    result = metrics.measure(Scope(None, None, config, {"clip_gen": clips}, tmp_path), progress=False)
+    assert result.values == {} and [exhibit.section for exhibit in result.exhibits] == ["own"] * 3

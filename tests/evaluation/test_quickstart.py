@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -12,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from ernie5 import quickstart
 from ernie5.config import Config, load_config
-from ernie5.quickstart import DEFAULT_CONFIG, STAGES, main, run_stages, stage_keys
+from ernie5.quickstart import DEFAULT_CONFIG, STAGES, locked, main, run_stages, stage_keys
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -102,13 +104,73 @@ def test_force_repeats_everything_and_lost_outputs_are_made_again(chain):
     assert chain.log == ["first", "second"] * 2 + ["second"]
 
 
-def test_a_tokenizer_does_not_depend_on_its_neighbours_but_the_rest_does():
+def test_after_a_stage_that_ran_all_later_ones_run(chain):
+    chain.run(Config())
+    shutil.rmtree(chain.run_dir / "one")
+    chain.run(Config())
+    assert chain.log == ["first", "second"] * 2
+
+
+@pytest.mark.parametrize(("folder", "first"), [("checkpoints/final", "evaluate"), ("tokenizers", "prepare data")])
+def test_changed_files_repeat_the_stages_that_read_them(folder, first, tmp_path):
+    (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / folder / "weights").write_text("of step 10")
+    before = stage_keys(STAGES, Config(), tmp_path)
+    (tmp_path / folder / "weights").write_text("of step 20")
+    after = stage_keys(STAGES, Config(), tmp_path)
+    names = [stage.name for stage in STAGES]
+    assert [name for name in names if before[name] != after[name]] == names[names.index(first) :]
+
+
+def test_time_before_a_kill_is_counted(chain, monkeypatch):
+    monkeypatch.setattr(quickstart, "NOTE_SECONDS", 0.05)
+    monkeypatch.setattr(quickstart, "_write_state", killed_after_half_a_second(quickstart._write_state))
+    slow = chain.stage("first", "tokenizers.text", "sleep 1; mkdir -p one; echo x >> one/out")
+    with pytest.raises(Killed):
+        run_stages([slow], Config(), chain.run_dir)
+    monkeypatch.undo()
+    assert run_stages([slow], Config(), chain.run_dir) == 0
+    (entry,) = json.loads((chain.run_dir / "stages.json").read_text())["stages"]
+    assert entry["state"] == "finished" and entry["seconds"] >= 1.4
+
+
+class Killed(BaseException):
+    """Stands in for a SIGKILL: nothing is written after it."""
+
+
+def killed_after_half_a_second(write):
+    def writing(run_dir, stages, state):
+        write(run_dir, stages, state)
+        if state["first"]["seconds"] > 0.5:
+            raise Killed
+
+    return writing
+
+
+def test_two_quickstarts_in_one_directory_are_refused(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(quickstart, "run_stages", lambda *arguments: 0)
+    with locked(tmp_path):
+        assert main(["--run", str(tmp_path)]) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1 and f"process {os.getpid()}" in error[0]
+    assert not (tmp_path / "config.yaml").exists()
+    with locked(tmp_path):
+        pass
+
+
+def test_a_run_directory_that_cannot_be_made_is_one_line(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert main(["--run", str(tmp_path / "file" / "run")]) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+def test_a_changed_section_repeats_every_stage_that_rests_on_it(tmp_path):
     config = Config()
-    before = stage_keys(STAGES, config)
+    before = stage_keys(STAGES, config, tmp_path)
     config.tokenizers.vision.image_steps += 1
-    after = stage_keys(STAGES, config)
+    after = stage_keys(STAGES, config, tmp_path)
     changed = {name for name in before if before[name] != after[name]}
-    assert changed == {"vision tokenizer", "prepare data", "pretrain", "evaluate", "report"}
+    assert changed == {"tokenizers", "prepare data", "pretrain", "evaluate", "report"}
 
 
 def test_bad_configuration_is_one_line_and_exit_code_2(tmp_path, capsys):

@@ -82,6 +82,14 @@ def test_report_names_the_missing_file(run_dir, name):
     assert not (run_dir / "report.html").exists()
 
 
+@pytest.mark.parametrize("name", ["metrics.json", "expert_load.json", "stages.json", "samples/index.json"])
+@pytest.mark.parametrize("content", ['{"a": 1', "3"])
+def test_report_names_the_corrupt_file(run_dir, name, content):
+    (run_dir / name).write_text(content)
+    with pytest.raises(ValueError, match=re.escape(str(run_dir / name))):
+        write_report(run_dir)
+
+
 def test_samples_are_files_a_person_can_open_and_sections_are_replaced(run_dir):
     import soundfile
     from PIL import Image

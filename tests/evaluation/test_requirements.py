@@ -42,7 +42,7 @@ def test_table_prints_value_bound_ceiling_and_baseline():
 
 def test_metrics_are_chosen_by_key_and_by_data():
     assert [metric.keys for metric in chosen_metrics(["video_copy_last_psnr"], ["clip_gen"])] == [
-        ("video_next_frame_psnr", "video_copy_last_psnr")
+        ("video_next_frame_psnr", "video_next_frames_psnr", "video_copy_last_psnr")
     ]
     assert all(not metric.tasks for metric in chosen_metrics([], []))
     with pytest.raises(ValueError, match="unknown metric 'beauty'; known: params_total"):

@@ -31,6 +31,10 @@ def tool() -> ModuleType:
             "seven.wav: a generated image is written",
         ),
         (["--prompt", "seven", "--to", "video", "--out", "seven"], "written as .gif or .mp4"),
+        (["--prompt", "seven", "--to", "image", "--out", "no/such/folder/seven.png"], "folder that exists"),
+        (["--prompt", "seven", "--num-frames", "5"], "--num-frames: only a video has frames"),
+        (["--prompt", "seven", "--guidance", "nan"], "--guidance: found nan"),
+        (["--prompt", "seven", "--guidance", "-1"], "--guidance: found -1.0"),
         (["--prompt", "seven", "--checkpoint", "no/such/run"], "no/such/run: no such run directory"),
     ],
 )

@@ -92,6 +92,21 @@ def test_text_stops_at_its_end_and_holds_no_other_special(monkeypatch: pytest.Mo
     assert len(calls) == 5
 
 
+def test_ids_without_a_text_are_never_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = TOKENIZERS.text
+    drawn: list[int] = []
+
+    def change(logits: np.ndarray) -> np.ndarray:
+        logits[:, text.vocab_size :] += 100.0
+        logits[:, Special.EOS] = -100.0
+        return logits
+
+    with_logits(monkeypatch, "text_logits", change)
+    monkeypatch.setattr(text, "decode", lambda ids: drawn.extend(ids) or "", raising=False)
+    generate(MODEL, TOKENIZERS, PROMPTS[:2], "text", max_new_tokens=9)
+    assert len(drawn) == 18 and min(drawn) >= NUM_SPECIALS and max(drawn) < text.vocab_size
+
+
 def test_audio_ends_by_its_first_level_and_never_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 

@@ -3,9 +3,11 @@ import copy
 import numpy as np
 import paddle
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from ernie5.config import num_params
 from ernie5.model import Ernie5ForCausalLM
+from ernie5.sequence.parts import Sample, Text
 from ernie5.sequence.vocabulary import IGNORE, Special
 from tests.model.helpers import SPEC, batch_of, samples, tiny_config, tiny_model
 
@@ -53,8 +55,7 @@ def test_later_groups_change_nothing_before(name):
         changed["vision_features"] = batch["vision_features"] + later
     for key in ("audio_codes", "labels_audio"):
         values = changed[key].numpy()
-        first = boundary if key == "audio_codes" else boundary  # the label at p feeds position p itself
-        tail = values[:, first:]
+        tail = values[:, boundary:]  # the label at p feeds position p itself
         tail[(tail >= 0) & (tail < SPEC.codebook_size)] = 1
         changed[key] = paddle.to_tensor(values)
     before, after = hidden_states(model, batch), hidden_states(model, changed)
@@ -85,7 +86,9 @@ def test_padding_is_never_routed():
     batch = batch_of([[samples(np.random.default_rng(0))["text"]]])
     model(**batch)
     tokens = int((batch["input_ids"] != Special.PAD).sum())
-    assert (model.expert_load().sum(axis=1) == tokens * model.config.experts_per_token).all()
+    ahead = int((batch["labels_mtp"] != IGNORE).sum())
+    routed = model.expert_load().sum(axis=1) / model.config.experts_per_token
+    assert routed.tolist() == [tokens] * model.config.num_layers + [ahead]
 
 
 def test_bias_update_moves_load_towards_the_mean_and_evaluation_does_not_count():
@@ -139,6 +142,28 @@ def test_losses_equal_a_float64_reference():
     assert float(out["losses"]["audio"]) == pytest.approx((values * weight[at]).sum() / weight[at].sum(), rel=1e-10)
 
 
+def test_prediction_two_ahead_equals_the_block_over_the_whole_document():
+    """Text alone: packing the positions with a target equals one row of each document, and documents stay apart."""
+    model = tiny_model()
+    model.eval()
+    texts = [Sample([Text(text)]) for text in ("to be or not", "that is", "a question")]
+    together = model(**batch_of([texts[:2], texts[2:]]))["losses"]["mtp"]
+    total = count = 0.0
+    for text in texts:
+        batch = batch_of([[text]], length=len(text.parts[0].text) + 2)
+        state = paddle.to_tensor(hidden_states(model, batch)[-1])
+        rope, mask = model._context(batch["positions"], batch["attention_intervals"], 0)
+        ahead = paddle.concat([batch["input_ids"][:, 1:], paddle.zeros([1, 1], dtype="int64")], axis=1)
+        out = model.mtp(state, model.embedding.tokens(ahead), rope, mask, batch["input_ids"] != Special.PAD)
+        logits = paddle.matmul(out, model.embedding.tokens.weight, transpose_y=True)[0].numpy()
+        labels = batch["labels_mtp"].numpy()[0]
+        at = labels != IGNORE
+        logits = logits[at] - logits[at].max(-1, keepdims=True)
+        total -= (logits - np.log(np.exp(logits).sum(-1, keepdims=True)))[np.arange(at.sum()), labels[at]].sum()
+        count += at.sum()
+    assert float(together) == pytest.approx(total / count, rel=1e-9)
+
+
 def test_codec_levels_depend_on_lower_levels_only():
     """Depth-wise feedback: a code of level q changes the logits of levels above q at its position, none at or below."""
     model = tiny_model(audio_levels=2)
@@ -186,10 +211,42 @@ def test_save_and_load_is_bit_equal(tmp_path):
     model.loss_weights.ema.set_value(paddle.to_tensor([1.0, 2.0, 0.0, 3.0]))
     model.save_pretrained(str(tmp_path))
     assert list(tmp_path.glob("*.safetensors")), "weights are safetensors"
+    save_file({"norm.weight|moment1": np.ones(24, np.float32)}, str(tmp_path / "optimizer.safetensors"))
     loaded = Ernie5ForCausalLM.from_pretrained(str(tmp_path))
     for name, value in model.state_dict().items():
         np.testing.assert_array_equal(value.numpy(), loaded.state_dict()[name].numpy(), err_msg=name)
     assert loaded.config.to_model_config() == model.config.to_model_config()
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        ("other shape", "has shape"),
+        ("missing", "is missing"),
+        ("unknown", "not part of the model"),
+        ("corrupt", "unreadable checkpoint"),
+        ("nothing", "no checkpoint here"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_refused_in_one_line(tmp_path, damage, says):
+    model = tiny_model(dtype="float32")
+    model.save_pretrained(str(tmp_path))
+    (file,) = tmp_path.glob("*.safetensors")
+    weights = load_file(str(file))
+    if damage == "other shape":
+        weights["norm.weight"] = np.ones(25, np.float32)
+    elif damage == "missing":
+        del weights["layers.0.moe.router.correction_bias"]
+    elif damage == "unknown":
+        weights["layers.9.extra"] = np.ones(1, np.float32)
+    save_file(weights, str(file))
+    if damage == "corrupt":
+        file.write_bytes(file.read_bytes()[:100])
+    elif damage == "nothing":
+        file.unlink()
+    with pytest.raises(ValueError, match=says) as error:
+        Ernie5ForCausalLM.from_pretrained(str(tmp_path))
+    assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
 
 
 def test_initial_values_depend_on_name_and_seed_only():

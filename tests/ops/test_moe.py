@@ -69,7 +69,7 @@ def test_forward_and_gradients_equal_a_loop(kind):
 
 @pytest.mark.parametrize("activation", ["sigmoid", "softmax"])
 def test_routing_rules(activation):
-    """Bias moves the selection alone; weights are the unbiased scores over their sum; padding is neither routed nor counted."""
+    """Bias moves the selection alone; weights are the unbiased scores over their sum; padding is left out."""
     rng = np.random.default_rng(1)
     x, weight = rng.standard_normal((9, 6)), rng.standard_normal((6, 8))
     bias = np.zeros(8)

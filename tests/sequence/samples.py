@@ -11,6 +11,8 @@ from ernie5.sequence.spec import LayoutSpec
 class Letters:
     """A text tokenizer of one id a character."""
 
+    vocab_size = 216
+
     def encode(self, text: str, dropout: float = 0.0, rng: np.random.Generator | None = None) -> list[int]:
         return [16 + ord(character) % 200 for character in text]
 

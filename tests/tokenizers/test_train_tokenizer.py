@@ -51,3 +51,33 @@ def test_bad_configuration_is_one_line(command, tmp_path, capsys, override):
     message = capsys.readouterr().err
     assert message.count("\n") == 1 and override.split(".")[-1].split("=")[0] in message
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("stopped_at", [1, 3])
+def test_a_stop_leaves_no_child_behind(command, monkeypatch, stopped_at):
+    """The signal comes while the text child runs, or while the other two do."""
+    children = []
+
+    class Child:
+        returncode, terminated = 0, False
+
+        def __init__(self, *_: object, **__: object) -> None:
+            children.append(self)
+
+        def wait(self) -> int:
+            if len(children) == stopped_at and not self.terminated:
+                raise SystemExit(143)
+            return 0
+
+        def poll(self) -> None:
+            raise SystemExit(143)
+
+        def terminate(self) -> None:
+            self.terminated = True
+
+    monkeypatch.setattr(command.subprocess, "Popen", Child)
+    monkeypatch.setattr(command.signal, "signal", lambda *_: None)
+    with pytest.raises(SystemExit):
+        command.main(["all", "run.yaml"])
+    assert len(children) == stopped_at
+    assert [child.terminated for child in children] == ([True] if stopped_at == 1 else [False, True, True])

@@ -104,8 +104,32 @@ def test_bad_input_is_one_line_and_exit_code_2(config_file: Path, capsys, overri
 def test_a_model_of_another_shape_is_refused_on_resume(config_file: Path, capsys) -> None:
     assert tool_main([str(config_file), "trainer.max_steps=2"]) == 0
     capsys.readouterr()
+    run_dir = config_file.parent / "run"
+    records = [
+        run_dir / "config.yaml",
+        run_dir / "checkpoints" / "config.yaml",
+        run_dir / "checkpoints/tokenizers.json",
+    ]
+    before = [path.read_bytes() for path in records]
     assert tool_main([str(config_file), "model.num_experts=4", "--resume"]) == 2
     assert "checkpoint of another shape" in capsys.readouterr().err
+    assert [path.read_bytes() for path in records] == before
+
+
+@pytest.mark.parametrize("how", [[], ["--resume"]])
+def test_tokenizers_trained_anew_are_refused_until_the_run_starts_afresh(config_file: Path, capsys, how) -> None:
+    assert tool_main([str(config_file), "trainer.max_steps=1"]) == 0
+    run_dir = config_file.parent / "run"
+    texts = ["another text for other merges"] * 3
+    TextTokenizer.train(texts, 290, progress=False).save(run_dir / "tokenizers" / "text")
+    CodedCorpus([Sample([Text(text)], "text") for text in texts], fingerprint(run_dir / "tokenizers")).save(
+        run_dir / "data" / "train"
+    )
+    capsys.readouterr()
+    assert tool_main([str(config_file), "trainer.max_steps=2", *how]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "trained anew since the checkpoints" in error and "--fresh" in error
+    assert tool_main([str(config_file), "trainer.max_steps=1", "--fresh"]) == 0
 
 
 def test_differences_name_keys_but_not_the_length_of_a_run(config_file: Path) -> None:

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from ernie5.trainer.schedules import LearningRate, cosine_ratio, rows_before, value_at, wsd_ratio
+from ernie5.trainer.schedules import LearningRate, cosine_ratio, value_at, wsd_ratio
 
 RAMP = [[3, 2], [7, 5]]
 
@@ -56,9 +56,3 @@ def test_an_unknown_schedule_is_refused() -> None:
 def test_changes_hold_from_their_step_on() -> None:
     assert [value_at(step, 1, RAMP) for step in range(9)] == [1, 1, 1, 2, 2, 2, 2, 5, 5]
     assert value_at(4, 8, []) == 8
-
-
-@pytest.mark.parametrize("ramp", [RAMP, [], [[0, 4]], [[0, 4], [2, 3]]])
-def test_rows_before_a_step_add_up_the_ramp(ramp: list[list[int]]) -> None:
-    for step in range(12):
-        assert rows_before(step, 6, 1, ramp) == 6 * sum(value_at(s, 1, ramp) for s in range(step))
