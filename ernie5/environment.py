@@ -31,6 +31,8 @@ QUIET_MESSAGES = ("No ccache found", ".*pkg_resources", "invalid escape sequence
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 _blas_state = "not looked at"
+_threads_exported = False
+_threads = "Paddle's choice, one, until ernie5.model is imported"
 _allocator_state = "not set: this C library has no mallopt"
 
 
@@ -80,9 +82,29 @@ def _keep_freed_memory() -> str:
     return "keeps freed blocks (mallopt)" if done else "mallopt refused; large blocks go back to the kernel"
 
 
+def use_cores() -> None:
+    """Gives Paddle's CPU kernels every core of this process, unless OMP_NUM_THREADS was exported.
+
+    Paddle starts with one thread and prints a warning at import when the variable says otherwise; set afterwards, it is
+    silent. Called by ``import ernie5.model``.
+    """
+    global _threads
+    if _threads_exported:
+        return
+    from paddle.base import core
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    core.set_num_threads(cores)
+    _threads = f"{cores} (every core of this process)"
+
+
 def prepare() -> None:
     """Sets every default of this module; called by ``import ernie5``, before Paddle loads."""
-    global _allocator_state, _blas_state
+    global _allocator_state, _blas_state, _threads_exported, _threads
+    if "paddle" not in sys.modules:  # its import sets the variable when nobody has
+        _threads_exported = "OMP_NUM_THREADS" in os.environ
+    if _threads_exported:
+        _threads = f"{os.environ['OMP_NUM_THREADS']} (from the environment)"
     _blas_state = _choose_blas()
     for name, value in {**PADDLE_VARIABLES, **OFFLINE_VARIABLES, **QUIET_VARIABLES}.items():
         os.environ.setdefault(name, value)
@@ -93,6 +115,6 @@ def prepare() -> None:
 
 def describe() -> dict[str, str]:
     """What ``prepare`` left in force, one line a setting, for ``tools/doctor.py``."""
-    names = [*PADDLE_VARIABLES, *OFFLINE_VARIABLES, *QUIET_VARIABLES, "OMP_NUM_THREADS"]
+    names = [*PADDLE_VARIABLES, *OFFLINE_VARIABLES, *QUIET_VARIABLES]
     settings = {name: os.environ.get(name, "unset") for name in names}
-    return {BLAS_VARIABLE: _blas_state, "allocator": _allocator_state, **settings}
+    return {BLAS_VARIABLE: _blas_state, "allocator": _allocator_state, "threads": _threads, **settings}

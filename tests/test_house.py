@@ -34,6 +34,15 @@ def run_python(code: str, **variables: str) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.parametrize(("exported", "expected"), [("", len(os.sched_getaffinity(0))), ("1", 1)])
+def test_the_model_uses_every_core_unless_told_otherwise(exported, expected):
+    code = "import os\nif not os.environ['OMP_NUM_THREADS']: del os.environ['OMP_NUM_THREADS']\n"
+    code += "import ernie5.model, ernie5.environment\nprint(ernie5.environment.describe()['threads'].split()[0])"
+    done = run_python(code, OMP_NUM_THREADS=exported)
+    assert done.stdout.split()[-1] == str(expected), done.stderr
+    assert "OMP_NUM_THREADS" not in done.stderr
+
+
 @pytest.mark.parametrize("path", FLEET_CONFIGS, ids=lambda path: path.name)
 def test_every_fleet_config_loads_and_says_what_it_needs(path):
     load_config(path)
