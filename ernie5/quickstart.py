@@ -71,7 +71,7 @@ STAGES: tuple[Stage, ...] = (
         "turns every sample into codes, once",
         "prepare_data.py",
         ("{config}",),
-        ("tokenizers", "data.manifests", "data.on_bad_line", "data.seed"),
+        ("tokenizers", "data.manifests", "data.on_bad_line", "data.seed", "model.max_sequence_length"),
         ("data/train",),
         40,
         "tokenizers",

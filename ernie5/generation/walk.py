@@ -29,7 +29,7 @@ class Walk:
     def __init__(self, model: Any, fields: dict[str, np.ndarray]) -> None:
         self.model, self.fields = model, fields
         self.rows, self.columns = fields["input_ids"].shape
-        self._cache = model.new_cache(self.rows, self.columns)
+        self._cache = model.new_cache()
         self._valid = fields["document"] > 0
         self._blocks = len(model.layers)
 

@@ -81,8 +81,8 @@ class Ernie5ForCausalLM(Ernie5PretrainedModel):
         """Batch fields -> [B,S,D]."""
         return self.embedding(batch)
 
-    def new_cache(self, batch_size: int = 0, max_length: int = 0) -> list[LayerCache]:
-        """One empty key/value cache a layer; it grows by concatenation, so the sizes are only hints."""
+    def new_cache(self) -> list[LayerCache]:
+        """One empty key/value cache a layer; it grows by concatenation."""
         return [LayerCache() for _ in self.layers]
 
     def run_layers(

@@ -65,6 +65,9 @@ def lay_out(
         given = given[-1:]
     parts = [_prepared(part, text_tokenizer, spec, rng, noise) for part in given]
     length = 2 + sum(part_length(part, spec) for part in parts)
+    if noise is not None and length > spec.length:  # BPE-dropout lengthens texts; a sample that fits stays usable
+        parts = [_prepared(part, text_tokenizer, spec, rng, None) for part in given]
+        length = 2 + sum(part_length(part, spec) for part in parts)
     check_length(length, spec, f"a sample of task '{sample.task or 'unnamed'}'")
     writer = Writer(spec, length)
     writer.special(Special.BOS)

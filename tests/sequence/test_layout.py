@@ -281,3 +281,18 @@ def test_spec_from_config() -> None:
     spec = LayoutSpec.from_config(config)
     assert (spec.length, spec.bits, spec.max_bits, spec.flip_max) == (256, 16, 16, config.data.flip_max)
     assert LayoutSpec.from_config(config, bits=8).bits == 8
+
+
+class Stuttering:
+    """Dropout doubles every text."""
+
+    def encode(self, text: str, dropout: float = 0.0, rng: np.random.Generator | None = None) -> list[int]:
+        return [20] * (len(text) * (2 if dropout else 1))
+
+
+def test_dropout_never_pushes_a_fitting_sample_past_the_context():
+    spec = LayoutSpec(length=20, text_dropout=0.5)
+    sample = Sample([Text("fourteen chars")])
+    assert len(lay_out(sample, Stuttering(), spec, np.random.default_rng(0))) == 16
+    with pytest.raises(ValueError, match="context holds 20"):
+        lay_out(Sample([Text("more than nineteen chars")]), Stuttering(), spec, np.random.default_rng(0))
