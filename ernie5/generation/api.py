@@ -50,9 +50,9 @@ def generate(
         context: uint8 [T, H, W, 3], real frames that a video continues; one clip, or one a prompt, of one shape.
         spec: layout options that are not in the model, such as the temporal window; default none of them.
 
-    Returns one result a prompt: str, uint8 [H, W, 3], uint8 [num_frames, H, W, 3] (context included, as the tokenizer
-    restores it), or float32 [n] in [-1, 1] at 16 kHz. Raises ValueError, in one line, for an empty prompt, an unknown
-    target, a bad option, or a prompt that does not fit the context.
+    Returns one result a prompt: str of complete characters, uint8 [H, W, 3], uint8 [num_frames, H, W, 3] (context
+    included, as the tokenizer restores it), or float32 [n] in [-1, 1] at 16 kHz. Raises ValueError, in one line, for an
+    empty prompt, an unknown target, a bad option, or a prompt that does not fit the context.
     """
     prompts = _as_batch(prompt)
     sampling = Sampling(temperature, top_k, top_p)
@@ -70,8 +70,8 @@ def generate(
     try:
         with paddle.no_grad():
             sampler = Sampler(sampling, seed, len(prompts))
-            vocabulary = tokenizers.text.vocab_size
-            decoder = Decoder(Walk(model, fields), steps, sampler, spec, len(prompts), guidance, vocabulary)
+            rule = tokenizers.text.continuations if to == "text" else None
+            decoder = Decoder(Walk(model, fields), steps, sampler, spec, len(prompts), guidance, rule)
             return _results(decoder, to, tokenizers, latents, num_frames)
     finally:
         model.train() if training else model.eval()

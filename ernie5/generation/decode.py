@@ -10,18 +10,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ernie5.generation.sampling import Sampler, guide
+from ernie5.generation.sampling import Sampler, guide, masked
 from ernie5.generation.walk import Walk
 from ernie5.sequence.plan import Step
 from ernie5.sequence.spec import LayoutSpec
-from ernie5.sequence.vocabulary import NUM_SPECIALS, Special
+from ernie5.sequence.vocabulary import Special
+from ernie5.tokenizers.continuations import COMPLETE, Continuations
 
 
 @dataclass
 class Decoder:
     """One batch on its way. ``prompts`` rows are kept; with ``guidance`` not 1 as many prompt-free ones follow them.
 
-    ``vocabulary`` is the number of text ids there are, where the model has room for more.
+    ``continuations`` of the text tokenizer are needed for text alone.
     """
 
     walk: Walk
@@ -30,7 +31,7 @@ class Decoder:
     spec: LayoutSpec
     prompts: int
     guidance: float = 1.0
-    vocabulary: int | None = None
+    continuations: Continuations | None = None
 
     def _logits(self, values: np.ndarray) -> np.ndarray:
         """Logits of the prompts, [P, ...], from those of all rows."""
@@ -41,18 +42,20 @@ class Decoder:
         return values if self.walk.rows == self.prompts else np.concatenate([values, values])
 
     def text(self) -> list[list[int]]:
-        """Token ids of each prompt, up to and without EOS. Other specials, and ids without a text, are never chosen."""
+        """Token ids of each prompt, up to and without EOS.
+
+        Only tokens that keep the text well-formed are chosen (``Continuations``), and a text is complete when the steps
+        are used up. Other specials, and ids without a text, are never chosen.
+        """
+        assert self.continuations is not None, "text is generated with the continuations of its tokenizer"
         ids: list[list[int]] = [[] for _ in range(self.prompts)]
         running = np.ones(self.prompts, bool)
-        for step in self.steps:
+        states = np.full(self.prompts, COMPLETE)
+        for left, step in zip(reversed(range(len(self.steps))), self.steps, strict=True):
             hidden = self.walk.feed(step.start, step.stop)
             logits = self._logits(self.walk.model.text_logits(hidden[:, -1]).numpy())
-            end = logits[:, Special.EOS].copy()
-            logits[:, :NUM_SPECIALS] = -np.inf
-            logits[:, Special.EOS] = end
-            if self.vocabulary is not None:
-                logits[:, self.vocabulary :] = -np.inf
-            chosen = self.sampler.classes(logits)
+            chosen = self.sampler.classes(masked(logits, self.continuations.allowed(states, left)))
+            states = self.continuations.after(states, chosen)
             running &= chosen != Special.EOS
             for row in np.flatnonzero(running):
                 ids[row].append(int(chosen[row]))

@@ -54,6 +54,13 @@ class Sampler:
         return np.stack([generator.random(shape) for generator in self._generators])
 
 
+def masked(logits: np.ndarray, allowed: np.ndarray) -> np.ndarray:
+    """Logits [P, V], -inf where not allowed: bool [P, <= V]; classes beyond its width are not."""
+    result = np.full_like(logits, -np.inf)
+    np.copyto(result[:, : allowed.shape[1]], logits[:, : allowed.shape[1]], where=allowed)
+    return result
+
+
 def class_probabilities(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
     """Softmax of logits [P, V] over temperature, cut to the ``top_k`` likeliest and the fewest that reach ``top_p``.
 

@@ -3,13 +3,15 @@
 The text is cut into words (a leading space belongs to its word), each word becomes UTF-16BE bytes, each byte one
 character of a private alphabet, and the ``tokenizers`` library learns and applies the merges on those characters.
 BPE-dropout (Provilkov et al. 2020) needs its own loop over the same merges, because the library's cannot be seeded.
+Which tokens may follow in a text that is sampled is said in ``continuations.py``.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 
@@ -18,11 +20,15 @@ import tokenizers
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.trainers import BpeTrainer
+from tqdm import tqdm
 
 from ernie5.files import read_versioned_json, replacing_folder, write_json
 from ernie5.sequence.vocabulary import NUM_SPECIALS, Special
+from ernie5.tokenizers.continuations import BOTH, Continuations, seen_parities
 
 FORMAT_VERSION = 1
+PARITIES = "parities.json"  # has a version of its own: folders of tokenizers trained without it stay readable
+PARITIES_VERSION = 1
 REMEDY = "train it with tools/train_tokenizer.py text"
 # Byte b is the character chr(0x100 + b): letters, none of them white space, so that blanks can separate words on
 # their way into the library.
@@ -48,9 +54,13 @@ def _special_name(special: Special) -> str:
 
 
 class TextTokenizer:
-    """Ids 0..15 are ``Special``, 16..271 the 256 bytes, the rest what merges made."""
+    """Ids 0..15 are ``Special``, 16..271 the 256 bytes, the rest what merges made.
 
-    def __init__(self, library: tokenizers.Tokenizer) -> None:
+    ``parities`` uint8 [vocab_size] says at which offsets, even or odd, the training text has each token
+    (``seen_parities``); None where that is not known.
+    """
+
+    def __init__(self, library: tokenizers.Tokenizer, parities: np.ndarray | None = None) -> None:
         self._library = library
         vocabulary = library.get_vocab(with_added_tokens=True)
         self.vocab_size = len(vocabulary)
@@ -63,6 +73,12 @@ class TextTokenizer:
         self._ranks = {(vocabulary[a], vocabulary[b]): rank for rank, (a, b) in enumerate(merges)}
         self._merged = [vocabulary[a + b] for a, b in merges]
         self._cache: dict[str, list[int]] = {}
+        self.parities = parities
+
+    @cached_property
+    def continuations(self) -> Continuations:
+        """Which tokens may follow in a sampled text; without known parities whatever is well-formed."""
+        return Continuations(self._bytes, self.parities)
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, progress: bool = True) -> TextTokenizer:
@@ -79,8 +95,19 @@ class TextTokenizer:
             initial_alphabet=ALPHABET,
             show_progress=progress,
         )
-        library.train_from_iterator((" ".join(map(_to_alphabet, WORD.findall(text))) for text in texts), trainer)
-        return cls(library)
+        seen: set[str] = set()
+
+        def lines() -> Iterator[str]:
+            for text in texts:
+                words = WORD.findall(text)
+                seen.update(words)
+                yield " ".join(map(_to_alphabet, words))
+
+        library.train_from_iterator(lines(), trainer)
+        tokenizer = cls(library)
+        words = tqdm(seen, desc="offsets of tokens", disable=not progress, unit="word")
+        tokenizer.parities = seen_parities(tokenizer._bytes, map(_word_bytes, words))
+        return tokenizer
 
     def encode(self, text: str, dropout: float = 0.0, rng: np.random.Generator | None = None) -> list[int]:
         """Ids of ``text``, without BOS or EOS.
@@ -109,6 +136,9 @@ class TextTokenizer:
         with replacing_folder(directory) as folder:
             (folder / "tokenizer.json").write_text(self._library.to_str(), encoding="utf-8")
             write_json(folder / "config.json", {"format_version": FORMAT_VERSION, "vocab_size": self.vocab_size})
+            if self.parities is not None:
+                digits = "".join(map(str, self.parities.tolist()))
+                write_json(folder / PARITIES, {"format_version": PARITIES_VERSION, "parities": digits})
 
     @classmethod
     def load(cls, directory: str | Path) -> TextTokenizer:
@@ -124,6 +154,7 @@ class TextTokenizer:
             raise ValueError(
                 f"{path}: {tokenizer.vocab_size} entries, but config.json says {config.get('vocab_size')}; {REMEDY}"
             )
+        tokenizer.parities = _read_parities(Path(directory) / PARITIES, tokenizer.vocab_size)
         return tokenizer
 
     def _whole(self, word: str) -> list[int]:
@@ -173,6 +204,16 @@ class TextTokenizer:
             if at + 1 < len(symbols):
                 ranks[at] = ranks_of.get((symbols[at], symbols[at + 1]), NO_MERGE)
         return symbols
+
+
+def _read_parities(path: Path, vocab_size: int) -> np.ndarray | None:
+    """uint8 [vocab_size]; None where the tokenizer was trained without them."""
+    if not path.exists():
+        return None
+    digits = read_versioned_json(path, PARITIES_VERSION, "parities of a text tokenizer", REMEDY).get("parities")
+    if not isinstance(digits, str) or not re.fullmatch(f"[0-{BOTH}]{{{vocab_size}}}", digits):
+        raise ValueError(f"{path}: expected {vocab_size} digits from 0 to {BOTH}, one a token; {REMEDY}")
+    return np.frombuffer(digits.encode(), np.uint8) - ord("0")
 
 
 def _check_vocabulary(vocabulary: dict[str, int]) -> None:

@@ -23,6 +23,8 @@ from ernie5.sequence.parts import (
     VisionFeatures,
 )
 from ernie5.sequence.spec import LayoutSpec
+from ernie5.sequence.vocabulary import NUM_SPECIALS
+from ernie5.tokenizers.continuations import Continuations
 from tests.sequence.samples import Letters
 
 MODEL = ModelConfig(
@@ -91,6 +93,12 @@ class Vision:
         return VisionFeatures(values, values[::-1].copy(), (1, 2, 2), video)
 
 
+class Words(Letters):
+    """Every id a whole character, so that any may follow any."""
+
+    continuations = Continuations([b""] * NUM_SPECIALS + [b"\0a"] * (Letters.vocab_size - NUM_SPECIALS))
+
+
 class Sound:
     def decode(self, codes: np.ndarray) -> np.ndarray:
         assert codes.min() >= 0 and codes.max() < MODEL.audio_codebook_size
@@ -98,7 +106,7 @@ class Sound:
 
 
 class StandIns:
-    text, vision, audio = Letters(), Vision(), Sound()
+    text, vision, audio = Words(), Vision(), Sound()
 
     def encode_samples(self, samples: Sequence[Sample], progress: bool = True) -> list[Sample]:
         return [Sample([self._coded(part) for part in sample.parts]) for sample in samples]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import paddle
 import pytest
@@ -9,6 +11,7 @@ import pytest
 from ernie5.generation import generate
 from ernie5.sequence.parts import Audio, Image, RawPart, Speaker, Text, Video
 from ernie5.sequence.vocabulary import NUM_SPECIALS, Special
+from ernie5.tokenizers.text import TextTokenizer
 from tests.generation.stand_ins import MODEL as SHAPE
 from tests.generation.stand_ins import StandIns, tiny_model
 
@@ -105,6 +108,28 @@ def test_ids_without_a_text_are_never_drawn(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(text, "decode", lambda ids: drawn.extend(ids) or "", raising=False)
     generate(MODEL, TOKENIZERS, PROMPTS[:2], "text", max_new_tokens=9)
     assert len(drawn) == 18 and min(drawn) >= NUM_SPECIALS and max(drawn) < text.vocab_size
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.0}, {"top_k": 3}, {"top_p": 0.3}, {"temperature": 3.0}])
+@pytest.mark.parametrize("size", [1, 2, 40])
+def test_text_is_well_formed_and_complete(size: int, options: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model with random weights is as likely to stop inside a character as anywhere; every row has its own state."""
+    text = TextTokenizer.train(["the heart 😀 world 世界"] * 3, 330, progress=False)
+    text.parities = None
+    with_logits(monkeypatch, "text_logits", _keen_on_surrogates)
+    tokenizers = SimpleNamespace(text=text, vision=TOKENIZERS.vision)
+    prompts = [[Text(f"{number} red stars")] for number in range(6)]
+    results = generate(MODEL, tokenizers, prompts, "text", max_new_tokens=size, **options)
+    for result in results:
+        assert result.encode("utf-16-be").decode("utf-16-be") == result and "\ufffd" not in result
+    alone = generate(MODEL, tokenizers, prompts[0], "text", max_new_tokens=size, **options)
+    assert alone == results[:1]
+
+
+def _keen_on_surrogates(logits: np.ndarray) -> np.ndarray:
+    logits[:, NUM_SPECIALS + 0xD8 : NUM_SPECIALS + 0xE0] += 2.0
+    logits[:, Special.EOS] += 1.0
+    return logits
 
 
 def test_audio_ends_by_its_first_level_and_never_empty(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ernie5.generation.sampling import Sampler, Sampling, class_probabilities, guide
+from ernie5.generation.sampling import Sampler, Sampling, class_probabilities, guide, masked
 
 LOGITS = np.log(np.array([[0.5, 0.3, 0.15, 0.05]], np.float32))
 
@@ -34,6 +34,19 @@ def test_impossible_classes_are_never_drawn() -> None:
     logits = np.zeros((500, 4), np.float32)
     logits[:, [0, 3]] = -np.inf
     assert set(Sampler(Sampling(temperature=3.0), 0, 500).classes(logits)) == {1, 2}
+
+
+@pytest.mark.parametrize(
+    "sampling", [Sampling(), Sampling(0), Sampling(top_k=1), Sampling(top_p=0.1), Sampling(3.0, top_k=2, top_p=0.9)]
+)
+def test_a_mask_comes_before_every_other_choice(sampling: Sampling) -> None:
+    """The likeliest that is allowed is drawn, though one forbidden is likelier; what lies beyond the mask is not."""
+    logits = np.repeat(np.array([[9.0, 0.0, 5.0, 9.0]], np.float32), 2, 0)
+    allowed = np.array([[False, True, False], [False, False, True]])
+    kept = masked(logits, allowed)
+    assert np.isneginf(kept).tolist() == [[True, False, True, True], [True, True, False, True]]
+    assert Sampler(sampling, 0, 2).classes(kept).tolist() == [1, 2]
+    assert logits[0].tolist() == [9, 0, 5, 9]
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])

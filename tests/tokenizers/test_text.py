@@ -10,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ernie5.sequence.vocabulary import NUM_SPECIALS, Special
+from ernie5.tokenizers.continuations import COMPLETE
+from ernie5.tokenizers.fingerprint import fingerprint
 from ernie5.tokenizers.text import SMALLEST_VOCABULARY, WORD, TextTokenizer
 
 CORPUS = [
@@ -131,6 +133,21 @@ def test_saved_and_loaded_is_the_same(tokenizer, tmp_path):
     text = CORPUS[0] + CORPUS[-1]
     assert loaded.encode(text) == tokenizer.encode(text)
     assert loaded.encode(text, 0.3, np.random.default_rng(1)) == tokenizer.encode(text, 0.3, np.random.default_rng(1))
+    np.testing.assert_array_equal(loaded.parities, tokenizer.parities)
+    loaded.save(tmp_path / "again")
+    assert fingerprint(tmp_path / "again") == fingerprint(tmp_path / "text")
+
+
+def test_a_folder_without_parities_stays_as_it_is(tokenizer, tmp_path):
+    """Tokenizers trained before there were any: same files when saved again, and whatever is well-formed may follow."""
+    tokenizer.save(tmp_path / "text")
+    (tmp_path / "text" / "parities.json").unlink()
+    loaded = TextTokenizer.load(tmp_path / "text")
+    loaded.save(tmp_path / "again")
+    assert fingerprint(tmp_path / "again") == fingerprint(tmp_path / "text")
+    assert loaded.encode(CORPUS[0]) == tokenizer.encode(CORPUS[0])
+    some, more = (each.continuations.allowed(np.array([COMPLETE]), 9)[0] for each in (tokenizer, loaded))
+    assert set(np.flatnonzero(some)) < set(np.flatnonzero(more))
 
 
 def _truncate(folder):
@@ -146,6 +163,10 @@ def _fewer_entries(folder):
     (folder / "config.json").write_text(json.dumps({"format_version": 1, "vocab_size": 7}))
 
 
+def _parities_of_another(folder):
+    (folder / "parities.json").write_text(json.dumps({"format_version": 1, "parities": "013"}))
+
+
 def _foreign(folder):
     path = folder / "tokenizer.json"
     path.write_text(path.read_text().replace("<pad>", "<gap>"))
@@ -157,6 +178,8 @@ def _foreign(folder):
         (_truncate, "unreadable text tokenizer"),
         (_other_version, "format_version 99, expected 1"),
         (_fewer_entries, "340 entries, but config.json says 7"),
+        (_parities_of_another, "expected 340 digits from 0 to 3"),
+        (lambda folder: (folder / "parities.json").write_text('{"format_version": 9}'), "format_version 9, expected 1"),
         (_foreign, "entry <pad> has id None"),
         (lambda folder: (folder / "config.json").unlink(), "no text tokenizer here"),
         (lambda folder: (folder / "config.json").write_text("{"), "unreadable text tokenizer"),
