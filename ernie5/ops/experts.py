@@ -1,4 +1,4 @@
-"""``moe_ffn``: dropless permute -> SwiGLU over stacked experts -> weighted combine.
+"""``moe_ffn``: dropless permute -> SwiGLU over stacked experts -> weighted combine; ``dense_ffn``: one expert for all.
 
 Shapes: T tokens, D hidden, E experts, K experts per token, F expert width, C rows of the fullest expert.
 """
@@ -9,31 +9,27 @@ import paddle
 import paddle.nn.functional as F
 from paddle.autograd import PyLayer, PyLayerContext
 
+from ernie5.ops import kernels
 
-class _Permutation:
-    """Where each (token, k) assignment stands among E * C rows, and back. No assignment is ever dropped.
+
+class _Padded:
+    """Where each assignment stands among E * C rows, and back. No assignment is ever dropped.
 
     ``source`` [E*C]: the token of a row (T = an empty row); ``slot`` [T*K]: an assignment's row (E*C = not routed).
     """
 
-    def __init__(self, experts: paddle.Tensor, num_experts: int) -> None:
-        tokens, top_k = experts.shape
-        flat = experts.flatten()
-        flat = paddle.where(flat < 0, paddle.full_like(flat, num_experts), flat)
-        counts = paddle.bincount(flat, minlength=num_experts + 1)
-        self.capacity = max(int(counts[:num_experts].max()), 1)
-        order = paddle.argsort(flat, stable=True)
-        expert_of_row = flat.gather(order)
-        first = paddle.cumsum(counts) - counts
-        rank = paddle.arange(tokens * top_k) - first.gather(expert_of_row)
-        size = num_experts * self.capacity
-        row = paddle.where(
-            expert_of_row < num_experts, expert_of_row * self.capacity + rank, paddle.full_like(rank, size)
-        )
-        self.slot = paddle.scatter(paddle.zeros_like(row), order, row)
-        source = paddle.full([size + 1], tokens, dtype=row.dtype)
-        self.source = paddle.scatter(source, row, order // top_k)[:size]
-        self.shape = [num_experts, self.capacity]
+    def __init__(self, tokens: int, top_k: int, order: paddle.Tensor, offsets: paddle.Tensor) -> None:
+        order, offsets = order.astype("int64"), offsets.astype("int64")
+        first, counts = offsets[:-1], offsets[1:] - offsets[:-1]
+        routed = int(offsets[-1])
+        self.capacity = max(int(counts.max()), 1)
+        size = counts.shape[0] * self.capacity
+        order = order[:routed]
+        expert = paddle.searchsorted(offsets[1:], paddle.arange(routed), right=True)
+        row = expert * self.capacity + paddle.arange(routed) - first.gather(expert)
+        self.slot = paddle.scatter(paddle.full([tokens * top_k + 1], size, dtype="int64"), order, row)[:-1]
+        self.source = paddle.scatter(paddle.full([size + 1], tokens, dtype="int64"), row, order // top_k)[:size]
+        self.shape = [counts.shape[0], self.capacity]
         self.tokens, self.top_k = tokens, top_k
 
 
@@ -45,7 +41,7 @@ class _Dispatch(PyLayer):
     """x [T,D] -> rows [E,C,D]. Its gradient is a gather and a sum over k: no scatter-add anywhere."""
 
     @staticmethod
-    def forward(ctx: PyLayerContext, x: paddle.Tensor, permutation: _Permutation):
+    def forward(ctx: PyLayerContext, x: paddle.Tensor, permutation: _Padded):
         ctx.permutation = permutation
         rows = paddle.gather(_with_zero_row(x), permutation.source)
         return rows.reshape([*permutation.shape, x.shape[1]])
@@ -61,7 +57,7 @@ class _Combine(PyLayer):
     """rows [E,C,D], weights [T,K] -> y [T,D] = sum over k of weight * row."""
 
     @staticmethod
-    def forward(ctx: PyLayerContext, rows: paddle.Tensor, weights: paddle.Tensor, permutation: _Permutation):
+    def forward(ctx: PyLayerContext, rows: paddle.Tensor, weights: paddle.Tensor, permutation: _Padded):
         p = permutation
         picked = paddle.gather(_with_zero_row(rows.reshape([-1, rows.shape[-1]])), p.slot)
         picked = picked.reshape([p.tokens, p.top_k, -1])
@@ -81,14 +77,29 @@ class _Combine(PyLayer):
 
 
 def moe_ffn(
-    x: paddle.Tensor, experts: paddle.Tensor, weights: paddle.Tensor, gate_up: paddle.Tensor, down: paddle.Tensor
+    x: paddle.Tensor,
+    weights: paddle.Tensor,
+    order: paddle.Tensor,
+    offsets: paddle.Tensor,
+    gate_up: paddle.Tensor,
+    down: paddle.Tensor,
 ) -> paddle.Tensor:
-    """y [T,D] = sum_k weights[t,k] * down[e](swiglu(gate_up[e](x[t]))), e = experts[t,k]; -1 contributes nothing.
+    """y [T,D] = sum_k weights[t,k] * down[e](swiglu(gate_up[e](x[t]))) over the experts e of token t.
 
-    x [T,D]; experts int64 [T,K]; weights [T,K]; gate_up [E,D,2F] (gate first); down [E,F,D]. Experts are
-    padded to the fullest one and multiplied as a batch.
+    x [T,D]; weights [T,K]; order int32 [T*K], offsets int32 [E+1]: the assignments t*K+k grouped by expert, as
+    ``ernie5.ops.route`` gives them, those missing contribute nothing; gate_up [E,D,2F] (gate first); down [E,F,D].
+    The reference pads every expert to the fullest one and multiplies them as a batch.
     """
-    permutation = _Permutation(experts, gate_up.shape[0])
+    if kernels.serves("moe_ffn", x, gate_up, down):
+        return kernels.call("moe_ffn", [x, weights, order, offsets, gate_up, down])[0]
+    permutation = _Padded(*weights.shape, order, offsets)
     rows = _Dispatch.apply(x, permutation)
     rows = paddle.bmm(F.swiglu(paddle.bmm(rows, gate_up)), down)
     return _Combine.apply(rows, weights, permutation)
+
+
+def dense_ffn(x: paddle.Tensor, gate_up: paddle.Tensor, down: paddle.Tensor) -> paddle.Tensor:
+    """SwiGLU of every token, the shared expert: x [T,D], gate_up [D,2F] (gate first), down [F,D] -> [T,D]."""
+    if kernels.serves("dense_ffn", x, gate_up, down):
+        return kernels.call("dense_ffn", [x, gate_up, down])[0]
+    return paddle.matmul(F.swiglu(paddle.matmul(x, gate_up)), down)

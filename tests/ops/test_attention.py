@@ -39,6 +39,41 @@ def test_equals_reference(length, heads, groups):
     np.testing.assert_allclose(out.numpy(), reference(q, k, v, intervals, 0), atol=1e-12)
 
 
+@pytest.mark.parametrize(("causal", "values"), [(True, 1), (True, 2), (False, 2), (False, 4)])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_every_form_of_intervals_means_the_same(causal, values, dtype):
+    """The shorter forms equal the four-value one written out; float32 takes the kernel where it is compiled."""
+    rng = np.random.default_rng(values)
+    length = 11
+    q, k, v = (rng.standard_normal((2, length, heads, 8)) for heads in (4, 2, 2))
+    columns = np.arange(length)
+    start = rng.integers(columns + 1, length + 1, (2, 1, length))  # every row sees itself
+    full, none = np.full_like(start, length), np.zeros_like(start)
+    end = rng.integers(start, length + 1) if values == 2 and causal else full
+    above = np.broadcast_to(columns, start.shape) if causal else rng.integers(0, columns + 1, start.shape)
+    short = {(True, 1): [start], (True, 2): [start, end], (False, 2): [start, above]}
+    written = [start, end, none, above]
+    given = np.stack(short.get((causal, values), written), -1).astype(np.int32)
+    tensors = [paddle.to_tensor(x, dtype=dtype) for x in (q, k, v)]
+    out = flashmask_attention(*tensors, paddle.to_tensor(given), causal=causal)
+    expected = reference(q, k, v, np.stack(written, -1).astype(np.int32), 0)
+    np.testing.assert_allclose(out.numpy(), expected, atol=1e-5 if dtype == "float32" else 1e-12)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_row_that_sees_nothing_gives_zero(dtype):
+    x = paddle.to_tensor(np.random.default_rng(0).standard_normal((1, 4, 2, 8)), dtype=dtype)
+    hidden = paddle.to_tensor(np.array([[4, 4, 0, 2]] * 4, np.int32).reshape(1, 1, 4, 4))
+    out = flashmask_attention(x, x, x, hidden).numpy()
+    assert (out[:, :2] == 0).all() and (out[:, 2:] != 0).any()
+
+
+def test_values_that_do_not_fit_are_refused():
+    x = paddle.zeros([1, 3, 1, 8])
+    with pytest.raises(ValueError, match="intervals of 4 values a column with causal=True; expected 1 or 2"):
+        flashmask_attention(x, x, x, paddle.zeros([1, 1, 3, 4], dtype="int32"), causal=True)
+
+
 def test_later_rows_against_all_keys():
     """Decoding: the last rows alone, with every key, give the same as those rows of the whole."""
     rng = np.random.default_rng(3)

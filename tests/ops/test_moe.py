@@ -3,7 +3,7 @@ import paddle
 import pytest
 
 from ernie5.ops.experts import moe_ffn
-from ernie5.ops.route import route
+from ernie5.ops.route import permutation, route
 
 
 def swiglu_expert(x, gate_up, down):
@@ -48,7 +48,8 @@ def test_forward_and_gradients_equal_a_loop(kind):
         "down": rng.standard_normal((5, 4, 6)),
     }
     tensors = {name: paddle.to_tensor(value, stop_gradient=False) for name, value in arrays.items()}
-    out = moe_ffn(tensors["x"], paddle.to_tensor(experts), tensors["weights"], tensors["gate_up"], tensors["down"])
+    _, order, offsets = permutation(paddle.to_tensor(experts.astype(np.int32)), 5)
+    out = moe_ffn(tensors["x"], tensors["weights"], order, offsets, tensors["gate_up"], tensors["down"])
     np.testing.assert_allclose(out.numpy(), loop(experts=experts, **arrays), atol=1e-10)
     upstream = rng.standard_normal(out.shape)
     out.backward(paddle.to_tensor(upstream))

@@ -24,7 +24,8 @@ def test_rotation_equals_complex_reference(pattern, heads):
     x = rng.standard_normal((2, 5, heads * dim))
     tables = rope_tables(paddle.to_tensor(positions), dim, BASE, pattern)
     tensor = paddle.to_tensor(x, stop_gradient=False)
-    out = uni_rope(tensor, tables)
+    key = paddle.to_tensor(x[..., :dim], stop_gradient=False)
+    out, turned_key = uni_rope(tensor, key, tables)
     expected = np.empty_like(x)
     for b, s, n in np.ndindex(2, 5, heads):
         angles = [
@@ -33,9 +34,11 @@ def test_rotation_equals_complex_reference(pattern, heads):
         head = slice(n * dim, (n + 1) * dim)
         expected[b, s, head] = rotate_pairs(x[b, s, head], np.array(angles))
     np.testing.assert_allclose(out.numpy(), expected, atol=1e-12)
+    np.testing.assert_allclose(turned_key.numpy(), expected[..., :dim], atol=1e-12)
     upstream = rng.standard_normal(x.shape)
     out.backward(paddle.to_tensor(upstream))
-    back = uni_rope(paddle.to_tensor(upstream), rope_tables(paddle.to_tensor(-positions), dim, BASE, pattern))
+    inverse = rope_tables(paddle.to_tensor(-positions), dim, BASE, pattern)
+    back, _ = uni_rope(paddle.to_tensor(upstream), key, inverse)
     np.testing.assert_allclose(tensor.grad.numpy(), back.numpy(), atol=1e-12, err_msg="gradient is the inverse turn")
 
 
@@ -43,7 +46,7 @@ def test_equal_coordinates_give_one_dimensional_rope():
     index = np.arange(7, dtype=np.float64)[None, :, None].repeat(3, axis=2)
     x = paddle.to_tensor(np.random.default_rng(1).standard_normal((1, 7, 16)))
     tables = [rope_tables(paddle.to_tensor(index), 16, BASE, pattern) for pattern in ("hwt", "t")]
-    np.testing.assert_allclose(uni_rope(x, tables[0]).numpy(), uni_rope(x, tables[1]).numpy(), atol=1e-12)
+    np.testing.assert_allclose(uni_rope(x, x, tables[0])[0].numpy(), uni_rope(x, x, tables[1])[1].numpy(), atol=1e-12)
 
 
 def test_every_band_turns_with_one_axis():

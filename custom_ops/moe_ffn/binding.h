@@ -1,0 +1,192 @@
+// Paddle operators ernie5_moe_ffn and ernie5_dense_ffn; shapes in moe_ffn.h.
+//   moe_ffn    inputs x [T,D]; weights float32 [T,K]; order int32 [T*K]; offsets int32 [E+1]; gate_up [E,D,2F];
+//              down [E,F,D]. outputs y [T,D]; hidden [T*K,2F], for the backward. gradients of x, weights, gate_up,
+//              down.
+//   dense_ffn  inputs x [R,D]; gate_up [D,2F]; down [F,D]. outputs y [R,D]; hidden [R,2F]. gradients of all inputs.
+// x, gate_up and down share a type, float32 or bfloat16.
+#pragma once
+
+#include <vector>
+
+#include "moe_ffn/moe_ffn.h"
+#include "paddle/extension.h"
+
+namespace ernie5 {
+namespace moe_ffn_binding {
+
+using paddle::DataType;
+using paddle::Tensor;
+using Shape = std::vector<int64_t>;
+
+inline void check_kind(const char* op, const Tensor& x, std::initializer_list<const Tensor*> others) {
+  PD_CHECK(x.is_cpu(), op, " takes tensors on the CPU");
+  PD_CHECK(x.dtype() == DataType::FLOAT32 || x.dtype() == DataType::BFLOAT16, op, " takes float32 or bfloat16");
+  for (const Tensor* other : others) {
+    PD_CHECK(other->is_cpu() && other->dtype() == x.dtype(), op, ": x, gate_up and down share a type, on the CPU");
+  }
+}
+
+inline Tensor like(const Tensor& x, const Shape& shape) { return paddle::empty(shape, x.dtype(), x.place()); }
+
+template <class T>
+const T* data(const Tensor& tensor) {
+  return reinterpret_cast<const T*>(tensor.data());
+}
+template <class T>
+T* data(Tensor& tensor) {
+  return reinterpret_cast<T*>(tensor.data());
+}
+
+// -------------------------------------------------------------------------------------------------- grouped experts
+
+struct Sizes {
+  int64_t tokens, top_k, dim, experts, width;
+  int64_t rows() const { return tokens * top_k; }
+};
+
+// The kernels index memory with these values.
+inline void check_routing(const Tensor& order, const Tensor& offsets, const Sizes& sizes) {
+  const int32_t* bounds = offsets.data<int32_t>();
+  PD_CHECK(bounds[0] == 0 && bounds[sizes.experts] <= sizes.rows(), "moe_ffn: offsets run from 0 to at most T*K");
+  for (int64_t e = 0; e < sizes.experts; ++e) PD_CHECK(bounds[e] <= bounds[e + 1], "moe_ffn: offsets decrease");
+  const int32_t* assignments = order.data<int32_t>();
+  for (int64_t r = 0; r < bounds[sizes.experts]; ++r) {
+    PD_CHECK(assignments[r] >= 0 && assignments[r] < sizes.rows(), "moe_ffn: order[", r, "] = ", assignments[r]);
+  }
+}
+
+inline Sizes sizes_of(const Tensor& x, const Tensor& weights, const Tensor& order, const Tensor& offsets,
+                      const Tensor& gate_up, const Tensor& down) {
+  check_kind("moe_ffn", x, {&gate_up, &down});
+  const Shape xs = x.shape(), ws = weights.shape(), gs = gate_up.shape(), ds = down.shape();
+  PD_CHECK(xs.size() == 2 && ws.size() == 2 && gs.size() == 3 && ds.size() == 3, "moe_ffn: wrong ranks");
+  const Sizes sizes{xs[0], ws[1], xs[1], ds[0], ds[1]};
+  PD_CHECK(ws[0] == sizes.tokens && weights.dtype() == DataType::FLOAT32, "moe_ffn: weights are float32 [T,K]");
+  PD_CHECK((gs == Shape{sizes.experts, sizes.dim, 2 * sizes.width}) && ds[2] == sizes.dim,
+           "moe_ffn: gate_up is [E,D,2F] and down [E,F,D]");
+  PD_CHECK(order.dtype() == DataType::INT32 && order.numel() == sizes.rows(), "moe_ffn: order is int32 [T*K]");
+  PD_CHECK(offsets.dtype() == DataType::INT32 && offsets.numel() == sizes.experts + 1,
+           "moe_ffn: offsets are int32 [E+1]");
+  check_routing(order, offsets, sizes);
+  return sizes;
+}
+
+inline std::vector<Tensor> forward(const Tensor& x, const Tensor& weights, const Tensor& order, const Tensor& offsets,
+                                   const Tensor& gate_up, const Tensor& down) {
+  const Sizes s = sizes_of(x, weights, order, offsets, gate_up, down);
+  Tensor y = like(x, {s.tokens, s.dim}), hidden = like(x, {s.rows(), 2 * s.width}), rows = like(x, {s.rows(), s.dim});
+  auto run = [&](auto launcher, auto zero) {
+    using T = decltype(zero);
+    launcher(data<T>(x), data<float>(weights), data<int32_t>(order), data<int32_t>(offsets), data<T>(gate_up),
+             data<T>(down), s.tokens, s.top_k, s.dim, s.experts, s.width, data<T>(y), data<T>(hidden), data<T>(rows));
+  };
+  x.dtype() == DataType::FLOAT32 ? run(ernie5_moe_ffn_forward_cpu_f32, float{})
+                                 : run(ernie5_moe_ffn_forward_cpu_bf16, bf16{});
+  return {y, hidden};
+}
+
+inline std::vector<Tensor> backward(const Tensor& x, const Tensor& weights, const Tensor& order, const Tensor& offsets,
+                                    const Tensor& gate_up, const Tensor& down, const Tensor& hidden,
+                                    const Tensor& grad_y) {
+  const Sizes s = sizes_of(x, weights, order, offsets, gate_up, down);
+  check_kind("moe_ffn", x, {&hidden, &grad_y});
+  PD_CHECK(grad_y.shape() == x.shape(), "moe_ffn: the gradient of y has the shape of x");
+  Tensor grad_x = like(x, x.shape()), grad_weights = like(weights, weights.shape());
+  Tensor grad_gate_up = like(x, gate_up.shape()), grad_down = like(x, down.shape());
+  Tensor rows = like(x, {s.rows(), s.dim}), work = like(x, {s.rows(), 3 * s.width});
+  auto run = [&](auto launcher, auto zero) {
+    using T = decltype(zero);
+    launcher(data<T>(x), data<float>(weights), data<int32_t>(order), data<int32_t>(offsets), data<T>(gate_up),
+             data<T>(down), data<T>(hidden), data<T>(grad_y), s.tokens, s.top_k, s.dim, s.experts, s.width,
+             data<T>(grad_x), data<float>(grad_weights), data<T>(grad_gate_up), data<T>(grad_down), data<T>(rows),
+             data<T>(work));
+  };
+  x.dtype() == DataType::FLOAT32 ? run(ernie5_moe_ffn_backward_cpu_f32, float{})
+                                 : run(ernie5_moe_ffn_backward_cpu_bf16, bf16{});
+  return {grad_x, grad_weights, grad_gate_up, grad_down};
+}
+
+inline std::vector<Shape> infer_shape(const Shape& x, const Shape& weights, const Shape& /*order*/,
+                                      const Shape& /*offsets*/, const Shape& gate_up, const Shape& /*down*/) {
+  const int64_t rows = weights[0] < 0 ? -1 : weights[0] * weights[1];
+  return {x, {rows, gate_up[2]}};
+}
+inline std::vector<DataType> infer_dtype(const DataType& x, const DataType& /*weights*/, const DataType& /*order*/,
+                                         const DataType& /*offsets*/, const DataType& /*gate_up*/,
+                                         const DataType& /*down*/) {
+  return {x, x};
+}
+
+// ------------------------------------------------------------------------------------------------- one dense expert
+
+inline Sizes dense_sizes_of(const Tensor& x, const Tensor& gate_up, const Tensor& down) {
+  check_kind("dense_ffn", x, {&gate_up, &down});
+  const Shape xs = x.shape(), ds = down.shape();
+  PD_CHECK(xs.size() == 2 && ds.size() == 2 && ds[1] == xs[1] && (gate_up.shape() == Shape{xs[1], 2 * ds[0]}),
+           "dense_ffn: x is [R,D], gate_up [D,2F] and down [F,D]");
+  return {xs[0], 1, xs[1], 1, ds[0]};
+}
+
+inline std::vector<Tensor> dense_forward(const Tensor& x, const Tensor& gate_up, const Tensor& down) {
+  const Sizes s = dense_sizes_of(x, gate_up, down);
+  Tensor y = like(x, x.shape()), hidden = like(x, {s.tokens, 2 * s.width});
+  auto run = [&](auto launcher, auto zero) {
+    using T = decltype(zero);
+    launcher(data<T>(x), data<T>(gate_up), data<T>(down), s.tokens, s.dim, s.width, data<T>(y), data<T>(hidden));
+  };
+  x.dtype() == DataType::FLOAT32 ? run(ernie5_dense_ffn_forward_cpu_f32, float{})
+                                 : run(ernie5_dense_ffn_forward_cpu_bf16, bf16{});
+  return {y, hidden};
+}
+
+inline std::vector<Tensor> dense_backward(const Tensor& x, const Tensor& gate_up, const Tensor& down,
+                                          const Tensor& hidden, const Tensor& grad_y) {
+  const Sizes s = dense_sizes_of(x, gate_up, down);
+  check_kind("dense_ffn", x, {&hidden, &grad_y});
+  PD_CHECK(grad_y.shape() == x.shape(), "dense_ffn: the gradient of y has the shape of x");
+  Tensor grad_x = like(x, x.shape()), grad_gate_up = like(x, gate_up.shape()), grad_down = like(x, down.shape());
+  Tensor work = like(x, {s.tokens, 3 * s.width});
+  auto run = [&](auto launcher, auto zero) {
+    using T = decltype(zero);
+    launcher(data<T>(x), data<T>(gate_up), data<T>(down), data<T>(hidden), data<T>(grad_y), s.tokens, s.dim, s.width,
+             data<T>(grad_x), data<T>(grad_gate_up), data<T>(grad_down), data<T>(work));
+  };
+  x.dtype() == DataType::FLOAT32 ? run(ernie5_dense_ffn_backward_cpu_f32, float{})
+                                 : run(ernie5_dense_ffn_backward_cpu_bf16, bf16{});
+  return {grad_x, grad_gate_up, grad_down};
+}
+
+inline std::vector<Shape> dense_infer_shape(const Shape& x, const Shape& gate_up, const Shape& /*down*/) {
+  return {x, {x[0], gate_up[1]}};
+}
+inline std::vector<DataType> dense_infer_dtype(const DataType& x, const DataType& /*gate_up*/,
+                                               const DataType& /*down*/) {
+  return {x, x};
+}
+
+}  // namespace moe_ffn_binding
+}  // namespace ernie5
+
+PD_BUILD_OP(ernie5_moe_ffn)
+    .Inputs({"x", "weights", "order", "offsets", "gate_up", "down"})
+    .Outputs({"y", "hidden"})
+    .SetKernelFn(PD_KERNEL(ernie5::moe_ffn_binding::forward))
+    .SetInferShapeFn(PD_INFER_SHAPE(ernie5::moe_ffn_binding::infer_shape))
+    .SetInferDtypeFn(PD_INFER_DTYPE(ernie5::moe_ffn_binding::infer_dtype));
+
+PD_BUILD_GRAD_OP(ernie5_moe_ffn)
+    .Inputs({"x", "weights", "order", "offsets", "gate_up", "down", "hidden", paddle::Grad("y")})
+    .Outputs({paddle::Grad("x"), paddle::Grad("weights"), paddle::Grad("gate_up"), paddle::Grad("down")})
+    .SetKernelFn(PD_KERNEL(ernie5::moe_ffn_binding::backward));
+
+PD_BUILD_OP(ernie5_dense_ffn)
+    .Inputs({"x", "gate_up", "down"})
+    .Outputs({"y", "hidden"})
+    .SetKernelFn(PD_KERNEL(ernie5::moe_ffn_binding::dense_forward))
+    .SetInferShapeFn(PD_INFER_SHAPE(ernie5::moe_ffn_binding::dense_infer_shape))
+    .SetInferDtypeFn(PD_INFER_DTYPE(ernie5::moe_ffn_binding::dense_infer_dtype));
+
+PD_BUILD_GRAD_OP(ernie5_dense_ffn)
+    .Inputs({"x", "gate_up", "down", "hidden", paddle::Grad("y")})
+    .Outputs({paddle::Grad("x"), paddle::Grad("gate_up"), paddle::Grad("down")})
+    .SetKernelFn(PD_KERNEL(ernie5::moe_ffn_binding::dense_backward));

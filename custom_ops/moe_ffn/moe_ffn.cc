@@ -1,0 +1,449 @@
+#include "moe_ffn/moe_ffn.h"
+
+#include <vector>
+
+#include "common/gemm.h"
+
+namespace ernie5 {
+namespace {
+
+// The layer of one call. `token` maps a row (an assignment in order) to its token, null where rows are tokens.
+template <class T>
+struct Layer {
+  const T *x, *gate_up, *down;
+  const float* weights;    // of assignments; null: all one
+  const int32_t* order;    // null: row r is assignment r
+  const int32_t* offsets;  // null: one expert owns all rows
+  const int32_t* token;
+  int64_t rows, dim, experts, width;
+
+  int64_t begin(int64_t expert) const { return offsets != nullptr ? offsets[expert] : 0; }
+  int64_t end(int64_t expert) const { return offsets != nullptr ? offsets[expert + 1] : rows; }
+  // Rows [first, ...) of a tensor over tokens.
+  Rows<T> of_tokens(const T* tensor, int64_t first) const { return Rows<T>{tensor, dim, token}.from(first); }
+  Rows<T> gate_up_of(int64_t expert) const { return {gate_up + expert * dim * 2 * width, 2 * width}; }
+  Rows<T> down_of(int64_t expert) const { return {down + expert * width * dim, dim}; }
+  // Whether results go past the caches: what the call touches does not fit into them.
+  bool through() const {
+    constexpr int64_t kCached = 16 << 20;
+    return experts * 3 * weight_bytes() + rows * (dim + 2 * width) * static_cast<int64_t>(sizeof(T)) > kCached;
+  }
+  int64_t weight_bytes() const { return dim * width * static_cast<int64_t>(sizeof(T)); }
+};
+
+// Rows [begin, end) of one expert. `whole`: these are all of its rows.
+struct Task {
+  int64_t expert, begin, end;
+  bool whole;
+};
+
+constexpr int64_t kMaxRows = 256;  // what a task packs of x and of gradients should stay in the second-level cache
+constexpr int64_t kSplitRows = 120;
+
+// One task an expert, or several where an expert has a large share of all rows.
+template <class T>
+std::vector<Task> split(const Layer<T>& layer) {
+  std::vector<Task> tasks;
+  const int64_t share = layer.rows / (2 * num_threads());
+  const int64_t limit = std::min(kMaxRows, std::max<int64_t>(48, share));
+  for (int64_t expert = 0; expert < layer.experts; ++expert) {
+    const int64_t begin = layer.begin(expert), count = layer.end(expert) - begin;
+    const int64_t pieces = count <= limit ? 1 : divide_up(count, std::min(kSplitRows, limit));
+    for (int64_t i = 0; i < pieces; ++i) {
+      tasks.push_back({expert, begin + count * i / pieces, begin + count * (i + 1) / pieces, pieces == 1});
+    }
+  }
+  return tasks;
+}
+
+// Runs body(task, ahead, unit) for every task; `ahead` covers the weights of the task that this thread does next, and
+// goes through them in about the time of the task, which reads its own weights `passes` times.
+template <class T, class Body>
+void run_tasks(const Layer<T>& layer, const std::vector<Task>& tasks, int64_t passes, Body&& body) {
+  const int64_t count = static_cast<int64_t>(tasks.size());
+  auto pace = [&](const Task& task) -> int64_t {
+    const int64_t tiles = divide_up(task.end - task.begin, kTileRows);
+    const int64_t steps = passes * tiles * 2 / static_cast<int64_t>(sizeof(T));  // for each line of the next weights
+    return steps >= 4 ? 4 : steps >= 2 ? 2 : 1;
+  };
+  const int threads = static_cast<int>(std::min<int64_t>(num_threads(), count));
+  if (threads == 0) return;
+  alignas(64) int64_t counter = 0;
+  on_threads(threads, [&](int) {
+    MatrixUnit unit;
+    int64_t task = __atomic_fetch_add(&counter, 1, __ATOMIC_RELAXED);
+    while (task < count) {
+      const int64_t next = __atomic_fetch_add(&counter, 1, __ATOMIC_RELAXED);
+      Ahead ahead;
+      if (next < count && tasks[next].expert != tasks[task].expert && tasks[next].end > tasks[next].begin) {
+        ahead.every = pace(tasks[task]);
+        ahead.at = reinterpret_cast<const char*>(layer.gate_up_of(tasks[next].expert).data);
+        ahead.end = ahead.at + 2 * layer.weight_bytes();
+        ahead.then = reinterpret_cast<const char*>(layer.down_of(tasks[next].expert).data);
+        ahead.then_end = ahead.then + layer.weight_bytes();
+      }
+      body(tasks[task], ahead, unit);
+      task = next;
+    }
+#if defined(__AVX512F__)
+    _mm_sfence();  // after stores past the caches
+#endif
+  });
+}
+
+inline f32x16 sigmoid(f32x16 v) { return 1.0f / (1.0f + exp(-v)); }
+
+// Panels of gate and of up columns, for NN products: gate panel j and up panel j.
+template <class T>
+struct GateUp {
+  Right<T> gate, up;
+};
+template <class T>
+GateUp<T> pack_gate_up(Rows<T> from, int64_t dim, int64_t width, Unit<T>* to) {
+  if (width % kPanel == 0) {
+    Right<T> both = pack_right(from, dim, 2 * width, to);
+    return {both, {both[width / kPanel], both.panel, both.stride}};
+  }
+  return {pack_right(from, dim, width, to),
+          pack_right(from.column(width), dim, width, to + right_size<T>(dim, width))};
+}
+
+// ------------------------------------------------------------------------------------------------------- forward
+
+// hidden (or null) and out begin at the task's first row.
+template <class T>
+void forward_task(const Layer<T>& layer, const Task& task, Ahead& ahead, const MatrixUnit& unit, T* hidden, T* out) {
+  const int64_t count = task.end - task.begin, dim = layer.dim, width = layer.width;
+  const bool through = layer.through();
+  if (count == 0) return;
+  Left<T> x =
+      pack_left(layer.of_tokens(layer.x, task.begin), count, dim, scratch<Unit<T>, 0>(left_size<T>(count, dim)));
+  GateUp<T> b = pack_gate_up(layer.gate_up_of(task.expert), dim, width,
+                             scratch<Unit<T>, 1>(2 * right_size<T>(dim, width)));
+  // What silu(g) * u goes to is the left operand of the next product, padded like one.
+  const int64_t inner = packed_units<T>(width), stride = spread(inner);
+  auto* active = scratch<Unit<T>, 2>(padded_rows<T>(count) * stride);
+  const int64_t padding = stride * kPerUnit<T>;  // row stride of `active` in values
+  for (int64_t j = 0; j < width; j += kPanel) {
+    const int64_t columns = std::min(kPanel, width - j);
+    multiply<T>(unit, count, x, packed_units<T>(dim), b.gate[j / kPanel], b.up[j / kPanel], b.gate.stride, ahead,
+                [=](int64_t i, f32x16 gate, f32x16 up) {
+                  if (hidden != nullptr) {
+                    put_through(hidden + i * 2 * width + j, gate, columns, through);
+                    put_through(hidden + i * 2 * width + width + j, up, columns, through);
+                  }
+                  // Columns past the width are zero, in both factors.
+                  store(reinterpret_cast<T*>(active) + i * padding + j, gate * sigmoid(gate) * up);
+                });
+  }
+  if (inner * kPerUnit<T> > round_up(width, kPanel)) {
+    for (int64_t i = 0; i < count; ++i) {
+      store(reinterpret_cast<T*>(active) + i * padding + round_up(width, kPanel), f32x16{});
+    }
+  }
+  Right<T> down = pack_right(layer.down_of(task.expert), width, dim, scratch<Unit<T>, 1>(right_size<T>(width, dim)));
+  for (int64_t j = 0; j < dim; j += 2 * kPanel) {
+    const int64_t first = std::min(kPanel, dim - j), second = std::min(kPanel, dim - j - first);
+    const Unit<T>* b0 = down[j / kPanel];
+    multiply<T>(unit, count, {active, stride, 1}, inner, b0, second > 0 ? down[j / kPanel + 1] : b0, down.stride, ahead,
+                [=](int64_t i, f32x16 p, f32x16 q) {
+                  put_through(out + i * dim + j, p, first, through);
+                  put_through(out + i * dim + j + kPanel, q, second, through);
+                });
+  }
+}
+
+// Where the row of every assignment is (-1: nowhere), and the token of every row.
+struct Places {
+  std::vector<int32_t> slot, token;
+  int64_t rows;
+  Places(const int32_t* order, const int32_t* offsets, int64_t experts, int64_t tokens, int64_t top_k)
+      : slot(static_cast<size_t>(tokens * top_k), -1), rows(offsets[experts]) {
+    token.resize(static_cast<size_t>(rows));
+    for (int64_t r = 0; r < rows; ++r) {
+      slot[static_cast<size_t>(order[r])] = static_cast<int32_t>(r);
+      token[static_cast<size_t>(r)] = static_cast<int32_t>(order[r] / top_k);
+    }
+  }
+};
+
+// out[t] = sum over k of (weights ? weights[t,k] : 1) * rows[slot[t,k]].
+template <class T>
+void combine(const int32_t* slot, const float* weights, const T* rows, int64_t tokens, int64_t top_k, int64_t dim,
+             T* out) {
+  parallel_range(tokens, 16, 1, [&](int64_t begin, int64_t end, int) {
+    for (int64_t t = begin; t < end; ++t) {
+      for (int64_t j = 0; j < dim; j += 16) {
+        const int64_t count = std::min<int64_t>(16, dim - j);
+        f32x16 total{};
+        for (int64_t a = t * top_k; a < (t + 1) * top_k; ++a) {
+          if (slot[a] < 0) continue;
+          f32x16 row = get(rows + slot[a] * dim + j, count);
+          total += weights != nullptr ? row * weights[a] : row;
+        }
+        put(out + t * dim + j, total, count);
+      }
+    }
+  });
+}
+
+template <class T>
+void forward(const Layer<T>& layer, T* hidden, T* out) {
+  run_tasks(layer, split(layer), 1, [&](const Task& task, Ahead& ahead, const MatrixUnit& unit) {
+    T* kept = hidden != nullptr ? hidden + task.begin * 2 * layer.width : nullptr;
+    forward_task(layer, task, ahead, unit, kept, out + task.begin * layer.dim);
+  });
+}
+
+// ------------------------------------------------------------------------------------------------------ backward
+
+template <class T>
+struct Gradients {
+  const T *hidden, *grad_y;
+  T* rows;  // gradients of x, a row an assignment
+  float* weights;
+  T *gate_up, *down, *work;
+};
+
+// What the first half of a task's backward hands to the second: the gradient of hidden [rows, 2F] and the weighted
+// activation [rows, F], with these row strides.
+template <class T>
+struct Halfway {
+  T *grad_hidden, *active;
+  int64_t grad_stride, active_stride;
+};
+
+// Fills `half` and the weights' gradient of the task's rows.
+template <class T>
+void backward_activation(const Layer<T>& layer, const Gradients<T>& grads, const Task& task, Ahead& ahead,
+                         const MatrixUnit& unit, Left<T> dy, const Halfway<T>& half) {
+  const int64_t count = task.end - task.begin, dim = layer.dim, width = layer.width;
+  Right<T> down = pack_right_transposed(layer.down_of(task.expert), dim, width,
+                                        scratch<Unit<T>, 1>(right_size<T>(dim, width)));
+  f32x16* dots = reinterpret_cast<f32x16*>(scratch<float, 3>(count * 16));
+  for (int64_t i = 0; i < count; ++i) dots[i] = f32x16{};
+  const T* hidden = grads.hidden + task.begin * 2 * width;
+  const float* weights = layer.weights;
+  const int32_t* order = layer.weights != nullptr ? layer.order + task.begin : nullptr;
+  for (int64_t j = 0; j < width; j += 2 * kPanel) {
+    const int64_t first = std::min(kPanel, width - j), second = std::min(kPanel, width - j - first);
+    const Unit<T>* b0 = down[j / kPanel];
+    auto one = [=](int64_t i, int64_t at, f32x16 grad, int64_t columns) {
+      f32x16 gate = get(hidden + i * 2 * width + at, columns), up = get(hidden + i * 2 * width + width + at, columns);
+      f32x16 s = sigmoid(gate), silu = gate * s, active = silu * up;
+      dots[i] += grad * active;
+      if (weights != nullptr) {
+        const float weight = weights[order[i]];
+        grad *= weight, active *= weight;
+      }
+      put(half.grad_hidden + i * half.grad_stride + at, grad * up * s * (1.0f + gate - silu), columns);
+      put(half.grad_hidden + i * half.grad_stride + width + at, grad * silu, columns);
+      put(half.active + i * half.active_stride + at, active, columns);
+    };
+    multiply<T>(unit, count, dy, packed_units<T>(dim), b0, second > 0 ? down[j / kPanel + 1] : b0, down.stride, ahead,
+                [=](int64_t i, f32x16 p, f32x16 q) {
+                  one(i, j, p, first);
+                  if (second > 0) one(i, j + kPanel, q, second);
+                });
+  }
+  if (grads.weights == nullptr) return;
+  for (int64_t i = 0; i < count; ++i) grads.weights[layer.order[task.begin + i]] = sum(dots[i]);
+}
+
+// The gradient of x: grad_hidden gate_up^T, a row an assignment.
+template <class T>
+void backward_input(const Layer<T>& layer, const Gradients<T>& grads, const Task& task, Ahead& ahead,
+                    const MatrixUnit& unit, const Halfway<T>& half) {
+  const int64_t count = task.end - task.begin, dim = layer.dim, both = 2 * layer.width;
+  const bool through = layer.through();
+  Right<T> gate_up = pack_right_transposed(layer.gate_up_of(task.expert), both, dim,
+                                           scratch<Unit<T>, 1>(right_size<T>(both, dim)));
+  Left<T> left = pack_left(Rows<T>{half.grad_hidden, half.grad_stride}, count, both,
+                           scratch<Unit<T>, 2>(left_size<T>(count, both)));
+  T* out = grads.rows + task.begin * dim;
+  for (int64_t j = 0; j < dim; j += 2 * kPanel) {
+    const int64_t first = std::min(kPanel, dim - j), second = std::min(kPanel, dim - j - first);
+    const Unit<T>* b0 = gate_up[j / kPanel];
+    multiply<T>(unit, count, left, packed_units<T>(both), b0, second > 0 ? gate_up[j / kPanel + 1] : b0, gate_up.stride,
+                ahead, [=](int64_t i, f32x16 p, f32x16 q) {
+                  put_through(out + i * dim + j, p, first, through);
+                  put_through(out + i * dim + j + kPanel, q, second, through);
+                });
+  }
+}
+
+// out [M,N] = a^T b over `count` rows, all of them at once: the weight gradient of an expert with few rows.
+template <class T>
+void small_gradient(const MatrixUnit& unit, Ahead& ahead, Left<T> a, int64_t M, Right<T> b, int64_t N, int64_t count,
+                    bool through, T* out) {
+  constexpr int64_t kStrip = 96;  // the strip of `a` stays in the first-level cache while the panels of b pass
+  for (int64_t m = 0; m < M; m += kStrip) {
+    for (int64_t j = 0; j < N; j += 2 * kPanel) {
+      const int64_t first = std::min(kPanel, N - j), second = std::min(kPanel, N - j - first);
+      const Unit<T>* b0 = b[j / kPanel];
+      multiply<T>(unit, std::min(kStrip, M - m), a.from(m), packed_units<T>(count), b0,
+                  second > 0 ? b[j / kPanel + 1] : b0, b.stride, ahead, [=](int64_t i, f32x16 p, f32x16 q) {
+                    T* to = out + (m + i) * N + j;
+                    put_through(to, p, first, through), put_through(to + kPanel, q, second, through);
+                  });
+    }
+  }
+}
+
+// Everything for an expert whose rows are one task.
+template <class T>
+void backward_whole(const Layer<T>& layer, const Gradients<T>& grads, const Task& task, Ahead& ahead,
+                    const MatrixUnit& unit) {
+  const int64_t count = task.end - task.begin, dim = layer.dim, width = layer.width;
+  T* grad_gate_up = grads.gate_up + task.expert * dim * 2 * width;
+  T* grad_down = grads.down + task.expert * width * dim;
+  if (count == 0) {
+    std::memset(static_cast<void*>(grad_gate_up), 0, static_cast<size_t>(2 * layer.weight_bytes()));
+    std::memset(static_cast<void*>(grad_down), 0, static_cast<size_t>(layer.weight_bytes()));
+    return;
+  }
+  Rows<T> dy_rows = layer.of_tokens(grads.grad_y, task.begin), x_rows = layer.of_tokens(layer.x, task.begin);
+  Left<T> dy = pack_left(dy_rows, count, dim, scratch<Unit<T>, 0>(left_size<T>(count, dim)));
+  const int64_t grad_stride = spread(2 * width), active_stride = spread(width);
+  Halfway<T> half{scratch<T, 4>(count * grad_stride), scratch<T, 5>(count * active_stride), grad_stride, active_stride};
+  backward_activation(layer, grads, task, ahead, unit, dy, half);
+  Rows<T> dy_packed{reinterpret_cast<const T*>(dy.data), dy.row * kPerUnit<T>};
+  Left<T> active = pack_left_columns(Rows<T>{half.active, active_stride}, count, width,
+                                     scratch<Unit<T>, 2>(left_columns_size<T>(count, width)));
+  Right<T> right = pack_right(dy_packed, count, dim, scratch<Unit<T>, 1>(right_size<T>(count, dim)));
+  small_gradient(unit, ahead, active, width, right, dim, count, layer.through(), grad_down);
+  backward_input(layer, grads, task, ahead, unit, half);
+  Left<T> x = pack_left_columns(x_rows, count, dim, scratch<Unit<T>, 0>(left_columns_size<T>(count, dim)));
+  right = pack_right(Rows<T>{half.grad_hidden, grad_stride}, count, 2 * width,
+                     scratch<Unit<T>, 1>(right_size<T>(count, 2 * width)));
+  small_gradient(unit, ahead, x, dim, right, 2 * width, count, layer.through(), grad_gate_up);
+}
+
+// grad_hidden and active of split experts, in the tensor `work`.
+template <class T>
+Halfway<T> in_work(const Layer<T>& layer, const Gradients<T>& grads, int64_t first) {
+  T* active = grads.work + layer.rows * 2 * layer.width;
+  return {grads.work + first * 2 * layer.width, active + first * layer.width, 2 * layer.width, layer.width};
+}
+
+// Everything but the weights' gradients, for some rows of an expert that is split.
+template <class T>
+void backward_rows(const Layer<T>& layer, const Gradients<T>& grads, const Task& task, Ahead& ahead,
+                   const MatrixUnit& unit) {
+  const int64_t count = task.end - task.begin;
+  Left<T> dy = pack_left(layer.of_tokens(grads.grad_y, task.begin), count, layer.dim,
+                         scratch<Unit<T>, 0>(left_size<T>(count, layer.dim)));
+  Halfway<T> half = in_work(layer, grads, task.begin);
+  backward_activation(layer, grads, task, ahead, unit, dy, half);
+  backward_input(layer, grads, task, ahead, unit, half);
+}
+
+// The weights' gradients of experts that are split: blocks of them, over all rows of the expert.
+template <class T>
+void backward_split_weights(const Layer<T>& layer, const Gradients<T>& grads, const std::vector<Task>& tasks) {
+  struct Block {
+    int64_t expert, m, n;
+    bool down;
+  };
+  constexpr int64_t kRows = 96, kColumns = 128;
+  const int64_t dim = layer.dim, width = layer.width;
+  std::vector<Block> blocks;
+  for (const Task& task : tasks) {
+    if (task.whole || task.begin != layer.begin(task.expert)) continue;
+    for (int64_t m = 0; m < dim; m += kRows) {
+      for (int64_t n = 0; n < 2 * width; n += kColumns) blocks.push_back({task.expert, m, n, false});
+    }
+    for (int64_t m = 0; m < width; m += kRows) {
+      for (int64_t n = 0; n < dim; n += kColumns) blocks.push_back({task.expert, m, n, true});
+    }
+  }
+  parallel_for(static_cast<int64_t>(blocks.size()), [&](int64_t i, int) {
+    MatrixUnit unit;
+    const Block& block = blocks[static_cast<size_t>(i)];
+    const int64_t first = layer.begin(block.expert), count = layer.end(block.expert) - first;
+    const int64_t M = block.down ? width : dim, N = block.down ? dim : 2 * width;
+    Halfway<T> half = in_work(layer, grads, first);
+    Rows<T> a = block.down ? Rows<T>{half.active, width} : layer.of_tokens(layer.x, first);
+    Rows<T> b = block.down ? layer.of_tokens(grads.grad_y, first) : Rows<T>{half.grad_hidden, 2 * width};
+    T* out = (block.down ? grads.down : grads.gate_up) + block.expert * M * N;
+    gemm_block(unit, Form::TN, a, b, block.m, std::min(M, block.m + kRows), block.n, std::min(N, block.n + kColumns),
+               count, out, N);
+  });
+}
+
+template <class T>
+void backward(const Layer<T>& layer, const Gradients<T>& grads) {
+  std::vector<Task> tasks = split(layer);
+  run_tasks(layer, tasks, 2, [&](const Task& task, Ahead& ahead, const MatrixUnit& unit) {
+    task.whole ? backward_whole(layer, grads, task, ahead, unit) : backward_rows(layer, grads, task, ahead, unit);
+  });
+  backward_split_weights(layer, grads, tasks);
+}
+
+// ------------------------------------------------------------------------------------------------------ launchers
+
+template <class T>
+void moe_forward(const T* x, const float* weights, const int32_t* order, const int32_t* offsets, const T* gate_up,
+                 const T* down, int64_t tokens, int64_t top_k, int64_t dim, int64_t experts, int64_t width, T* y,
+                 T* hidden, T* rows) {
+  Places places(order, offsets, experts, tokens, top_k);
+  forward(Layer<T>{x, gate_up, down, weights, order, offsets, places.token.data(), places.rows, dim, experts, width},
+          hidden, rows);
+  combine(places.slot.data(), weights, rows, tokens, top_k, dim, y);
+}
+
+template <class T>
+void moe_backward(const T* x, const float* weights, const int32_t* order, const int32_t* offsets, const T* gate_up,
+                  const T* down, const T* hidden, const T* grad_y, int64_t tokens, int64_t top_k, int64_t dim,
+                  int64_t experts, int64_t width, T* grad_x, float* grad_weights, T* grad_gate_up, T* grad_down,
+                  T* rows, T* work) {
+  Places places(order, offsets, experts, tokens, top_k);
+  for (int64_t a = 0; a < tokens * top_k; ++a) {
+    if (places.slot[static_cast<size_t>(a)] < 0) grad_weights[a] = 0.0f;
+  }
+  Layer<T> layer{x,    gate_up, down,    weights, order, offsets, places.token.data(), places.rows,
+                 dim, experts, width};
+  backward(layer, Gradients<T>{hidden, grad_y, rows, grad_weights, grad_gate_up, grad_down, work});
+  combine<T>(places.slot.data(), nullptr, rows, tokens, top_k, dim, grad_x);
+}
+
+template <class T>
+Layer<T> dense_layer(const T* x, const T* gate_up, const T* down, int64_t rows, int64_t dim, int64_t width) {
+  return {x, gate_up, down, nullptr, nullptr, nullptr, nullptr, rows, dim, 1, width};
+}
+
+}  // namespace
+}  // namespace ernie5
+
+extern "C" {
+
+#define ERNIE5_DEFINE_MOE_FFN(SUFFIX, T)                                                                               \
+  void ernie5_moe_ffn_forward_cpu_##SUFFIX(const T* x, const float* weights, const int32_t* order,                     \
+                                           const int32_t* offsets, const T* gate_up, const T* down, int64_t tokens,    \
+                                           int64_t top_k, int64_t dim, int64_t experts, int64_t width, T* y,           \
+                                           T* hidden, T* rows) {                                                       \
+    ernie5::moe_forward<T>(x, weights, order, offsets, gate_up, down, tokens, top_k, dim, experts, width, y, hidden,   \
+                           rows);                                                                                      \
+  }                                                                                                                    \
+  void ernie5_moe_ffn_backward_cpu_##SUFFIX(                                                                           \
+      const T* x, const float* weights, const int32_t* order, const int32_t* offsets, const T* gate_up, const T* down, \
+      const T* hidden, const T* grad_y, int64_t tokens, int64_t top_k, int64_t dim, int64_t experts, int64_t width,    \
+      T* grad_x, float* grad_weights, T* grad_gate_up, T* grad_down, T* rows, T* work) {                               \
+    ernie5::moe_backward<T>(x, weights, order, offsets, gate_up, down, hidden, grad_y, tokens, top_k, dim, experts,    \
+                            width, grad_x, grad_weights, grad_gate_up, grad_down, rows, work);                         \
+  }                                                                                                                    \
+  void ernie5_dense_ffn_forward_cpu_##SUFFIX(const T* x, const T* gate_up, const T* down, int64_t rows, int64_t dim,   \
+                                             int64_t width, T* y, T* hidden) {                                         \
+    ernie5::forward(ernie5::dense_layer(x, gate_up, down, rows, dim, width), hidden, y);                               \
+  }                                                                                                                    \
+  void ernie5_dense_ffn_backward_cpu_##SUFFIX(const T* x, const T* gate_up, const T* down, const T* hidden,            \
+                                              const T* grad_y, int64_t rows, int64_t dim, int64_t width, T* grad_x,    \
+                                              T* grad_gate_up, T* grad_down, T* work) {                                \
+    ernie5::backward(ernie5::dense_layer(x, gate_up, down, rows, dim, width),                                          \
+                     ernie5::Gradients<T>{hidden, grad_y, grad_x, nullptr, grad_gate_up, grad_down, work});            \
+  }
+
+ERNIE5_DEFINE_MOE_FFN(f32, float)
+ERNIE5_DEFINE_MOE_FFN(bf16, ernie5::bf16)
+#undef ERNIE5_DEFINE_MOE_FFN
+}

@@ -1,0 +1,113 @@
+"""Which kernel serves an op: ours, compiled from ``custom_ops/``, or the reference in plain Paddle.
+
+The library is found or compiled at the first question, once a process. Where that cannot be done, one warning says why
+and every op runs its reference. ``ERNIE5_KERNELS=reference`` asks for the references.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from functools import lru_cache
+from pathlib import Path
+
+import paddle
+
+from ernie5.ops.build import BuildError, find_or_build
+
+CHOICE_VARIABLE = "ERNIE5_KERNELS"
+PREFIX = "ernie5_"
+SERVED_DTYPES = {paddle.float32, paddle.bfloat16}
+INTEGER_DTYPES = {paddle.int32, paddle.int64}
+OPS = {  # op -> what the model uses it for
+    "moe_ffn": "routed experts",
+    "dense_ffn": "shared expert",
+    "linear": "projections and heads",
+    "flashmask_attention": "attention under interval masks",
+    "uni_rope": "rotary positions",
+    "route": "expert selection",
+    "rms_norm": "norms",
+    "add_rms_norm": "norms of a sum",
+    "permute": "assignments grouped by expert",
+    "cross_entropy": "token losses",
+    "patch_embed": "pictures and clips to patches",
+    "decode_step": "generation",
+    "adamw": "optimizer",
+    "sum_of_squares": "gradient clipping",
+}
+
+
+class _Library:
+    """The loaded library, or why there is none (``problem``), and the names of the ops it registered."""
+
+    def __init__(self) -> None:
+        self.path: Path | None = None
+        self.problem = ""
+        self.names: frozenset[str] = frozenset()
+        if chosen_reference():
+            self.problem = f"{CHOICE_VARIABLE}=reference"
+            return
+        try:
+            self.path = find_or_build()
+            from paddle.utils.cpp_extension.extension_utils import load_op_meta_info_and_register_op
+
+            self.names = frozenset(load_op_meta_info_and_register_op(str(self.path)))
+        except (BuildError, OSError, RuntimeError) as error:
+            self.problem = str(error).splitlines()[0]
+            warnings.warn(
+                f"ernie5: the compiled kernels are not available ({self.problem}); every op runs its slower reference",
+                stacklevel=2,
+            )
+
+
+@lru_cache(maxsize=1)
+def library() -> _Library:
+    """Finds, compiles or gives up on the library; the answer is kept."""
+    return _Library()
+
+
+def available(name: str) -> bool:
+    """Whether the library holds a kernel for the op ``name``, such as "moe_ffn"."""
+    return PREFIX + name in library().names
+
+
+def serves(name: str, *tensors: paddle.Tensor) -> bool:
+    """Whether ours computes the op for these floating-point tensors: on the CPU, all float32 or all bfloat16."""
+    first = tensors[0].dtype
+    if first not in SERVED_DTYPES or any(tensor.dtype != first for tensor in tensors[1:]):
+        return False
+    return available(name) and not on_gpu(tensors[0])
+
+
+def on_gpu(tensor: paddle.Tensor) -> bool:
+    """Whether the tensor, or in a static graph the device that will run it, is a GPU."""
+    if paddle.in_dynamic_mode():
+        return tensor.place.is_gpu_place()
+    return paddle.device.get_device().startswith("gpu")
+
+
+def call(name: str, inputs: list, attributes: list | None = None) -> paddle.Tensor | list[paddle.Tensor]:
+    """Runs the kernel ``name``, differentiably, in dynamic and in static graphs.
+
+    ``inputs`` (tensors, lists of tensors, or None where optional) and ``attributes`` in the order of the op's binding.
+    """
+    outputs = paddle._C_ops._run_custom_op(PREFIX + name, *inputs, *(attributes or []))
+    for output in outputs:
+        if output.dtype in INTEGER_DTYPES:  # else a later op's backward would wait for a gradient that never comes
+            output.stop_gradient = True
+    return outputs[0] if len(outputs) == 1 else outputs
+
+
+def chosen_reference() -> bool:
+    """Whether the user asked for the references."""
+    return os.environ.get(CHOICE_VARIABLE) == "reference"
+
+
+def serving(name: str) -> tuple[str, str]:
+    """(kernel, why) for the op on this machine's default device, for ``tools/doctor.py``."""
+    if paddle.device.get_device().startswith("gpu"):
+        own = name == "flashmask_attention"
+        return ("Paddle's GPU kernel", "float16 and bfloat16") if own else ("reference", "our kernels are for the CPU")
+    if available(name):
+        return "compiled", f"{library().path}"
+    return "reference", library().problem or "no compiled kernel for this op"
