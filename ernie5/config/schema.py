@@ -40,6 +40,7 @@ class ModelConfig:
     audio_codebook_size: int = 256
     speaker_dim: int = 32
     recompute: bool = False  # recompute each block in the backward pass
+    moe_sub_batch: int = 0  # tokens whose expert activations exist at once; the others are recomputed. 0 = all
 
 
 @dataclass

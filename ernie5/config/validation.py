@@ -34,6 +34,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "model.experts_per_token": COUNT,
     "model.expert_intermediate_size": COUNT,
     "model.shared_expert_intermediate_size": NATURAL,
+    "model.moe_sub_batch": NATURAL,
     "model.routed_scaling_factor": POSITIVE,
     "model.rope_base": (1 + 2**-52, ANY),
     "model.norm_eps": POSITIVE,

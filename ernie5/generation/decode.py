@@ -52,8 +52,7 @@ class Decoder:
         running = np.ones(self.prompts, bool)
         states = np.full(self.prompts, COMPLETE)
         for left, step in zip(reversed(range(len(self.steps))), self.steps, strict=True):
-            hidden = self.walk.feed(step.start, step.stop)
-            logits = self._logits(self.walk.model.text_logits(hidden[:, -1]).numpy())
+            logits = self._logits(self.walk.text_logits(step.start, step.stop))
             chosen = self.sampler.classes(masked(logits, self.continuations.allowed(states, left)))
             states = self.continuations.after(states, chosen)
             running &= chosen != Special.EOS

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from ernie5.tokenizers.bundle import Tokenizers
 
 # What may differ between a run's configuration and a checkpoint's: it changes nothing that a trained model computes.
-_FREE = {"preset", "recompute", "initializer_range"}
+_FREE = {"preset", "recompute", "moe_sub_batch", "initializer_range"}
 _STEP = re.compile(r"step-(\d+)$")
 
 

@@ -6,11 +6,14 @@ R rows of the batch, S columns, n columns of one step, D hidden, Q codec levels.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import paddle
+from paddle.utils.dlpack import from_dlpack
 
+from ernie5.ops.decode import DecodeCache
 from ernie5.sequence.vocabulary import NO_CODE
 
 Choose = Callable[[int, np.ndarray], np.ndarray]  # (level, logits [R, C+1]) -> codes int64 [R]
@@ -30,8 +33,13 @@ class Walk:
         self.model, self.fields = model, fields
         self.rows, self.columns = fields["input_ids"].shape
         self._cache = model.new_cache()
-        self._valid = fields["document"] > 0
+        if isinstance(self._cache, DecodeCache):
+            self._cache.reserve(self.rows, self.columns)
         self._blocks = len(model.layers)
+        self._positions = paddle.to_tensor(fields["positions"])
+        self._intervals = paddle.to_tensor(fields["attention_intervals"])
+        self._valid = paddle.to_tensor(fields["document"] > 0)
+        self._ids = from_dlpack(fields["input_ids"])  # the same memory: sees what is written there
 
     def feed(self, start: int, stop: int, choose: Choose | None = None) -> paddle.Tensor:
         """Columns ``start .. stop-1`` through all blocks -> hidden [R, n, D].
@@ -39,19 +47,33 @@ class Walk:
         ``choose`` samples the codes that the last column predicts, level by level, each fed back before the next block
         (report §2.3.2); they are left in ``labels_audio``, from which earlier generated audio is fed back too.
         """
-        columns = slice(start, stop)
         hidden = self.model.embed(self._slice(start, stop))
-        positions = paddle.to_tensor(self.fields["positions"][:, columns])
-        intervals = paddle.to_tensor(np.ascontiguousarray(self.fields["attention_intervals"][:, :, :stop]))
-        valid = paddle.to_tensor(self._valid[:, columns])
+        positions, valid = self._positions[:, start:stop], self._valid[:, start:stop]
+        intervals = self._intervals[:, :, :stop]
 
         def run(state: paddle.Tensor, first: int, last: int) -> paddle.Tensor:
             return self.model.run_layers(state, positions, intervals, valid, self._cache, start, first, last)
 
-        codes = self.fields["labels_audio"][:, columns]
+        codes = self.fields["labels_audio"][:, start:stop]
         if choose is None and codes.max(initial=NO_CODE) < 0:
             return run(hidden, 0, self._blocks)
         return self._feed_codes(hidden, run, codes, choose)
+
+    def text_logits(self, start: int, stop: int) -> np.ndarray:
+        """Feeds columns ``start .. stop-1``; logits [R, V] of the text token after them."""
+        step = getattr(self._cache, "step", None)
+        if step is None or not step.takes(self.rows * (stop - start)) or start < self._only_text_from:
+            return self.model.text_logits(self.feed(start, stop)[:, -1]).numpy()
+        given = (self._positions, self._intervals, self._valid, self._cache, start)
+        return step.run(None, *given, ids=self._ids, rows=stop - start, logits=True)[1].numpy()
+
+    @cached_property
+    def _only_text_from(self) -> int:
+        """The column after the last that holds a feature or a code; those of a text to come hold none."""
+        held = [index % self.columns for index in (self.fields[name] for name in _BY_INDEX)]
+        for name in ("audio_codes", "labels_audio"):
+            held.append(np.nonzero(self.fields[name].max(axis=(0, 2)) >= 0)[0])
+        return int(np.concatenate(held).max(initial=-1)) + 1
 
     def _feed_codes(
         self, hidden: paddle.Tensor, run: Callable, codes: np.ndarray, choose: Choose | None

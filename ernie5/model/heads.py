@@ -6,12 +6,12 @@ Shapes: N rows that carry a label, D hidden, V vocabulary, d bits, C codebook si
 from __future__ import annotations
 
 import paddle
-import paddle.nn.functional as F
 from paddle import nn
 
 from ernie5.model.configuration import Ernie5Config
 from ernie5.model.layers import Block, RMSNorm
 from ernie5.ops.attention import IntervalMask
+from ernie5.ops.linear import linear
 from ernie5.ops.rope import RopeTables
 
 
@@ -26,7 +26,7 @@ class BitHead(nn.Layer):
 
     def forward(self, hidden: paddle.Tensor) -> paddle.Tensor:
         """[..., D] -> logits [..., d, 2]."""
-        return (paddle.matmul(hidden, self.weight) + self.bias).reshape([*hidden.shape[:-1], self.bits, 2])
+        return (linear(hidden, self.weight) + self.bias).reshape([*hidden.shape[:-1], self.bits, 2])
 
 
 class AudioHead(nn.Layer):
@@ -38,7 +38,7 @@ class AudioHead(nn.Layer):
         self.weight = self.create_parameter([config.hidden_size, config.audio_codebook_size + 1])
 
     def forward(self, hidden: paddle.Tensor) -> paddle.Tensor:
-        return paddle.matmul(self.norm(hidden), self.weight)
+        return linear(self.norm(hidden), self.weight)
 
 
 class MultiTokenPrediction(nn.Layer):
@@ -65,9 +65,9 @@ class MultiTokenPrediction(nn.Layer):
     ) -> paddle.Tensor:
         """hidden and next_embedding [B,S,D] -> [B,S,D], ready for the text head."""
         joined = paddle.concat([self.norm_hidden(hidden), self.norm_embed(next_embedding)], axis=-1)
-        return self.norm(self.block(self.proj(joined), rope, mask, valid))
+        return self.norm(self.block(linear(joined, self.proj.weight), rope, mask, valid))
 
 
 def text_logits(hidden: paddle.Tensor, embedding: paddle.Tensor) -> paddle.Tensor:
     """[..., D] x tied embedding [V,D] -> [..., V]."""
-    return F.linear(hidden, embedding.t())
+    return linear(hidden, embedding, transposed=True)

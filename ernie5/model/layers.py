@@ -6,35 +6,16 @@ Shapes: B batch, S positions of this call, M positions so far (cache included), 
 from __future__ import annotations
 
 import paddle
-import paddle.nn.functional as F
 from paddle import nn
-from paddle.autograd import PyLayer, PyLayerContext
+from paddle.distributed.fleet.utils import recompute
 
 from ernie5.model.configuration import Ernie5Config
 from ernie5.ops.attention import IntervalMask, flashmask_attention
-from ernie5.ops.experts import moe_ffn
+from ernie5.ops.experts import dense_ffn, moe_ffn
+from ernie5.ops.linear import linear
+from ernie5.ops.norm import add_rms_norm, rms_norm
 from ernie5.ops.rope import RopeTables, uni_rope
-from ernie5.ops.route import route
-
-
-class _RMSNorm(PyLayer):
-    """x / rms(x) * weight with its gradient written out: half the passes over memory that autograd would make."""
-
-    @staticmethod
-    def forward(ctx: PyLayerContext, x: paddle.Tensor, weight: paddle.Tensor, eps: float):
-        inverse = paddle.rsqrt((x * x).mean(-1, keepdim=True) + eps)
-        normed = x * inverse
-        ctx.save_for_backward(normed, inverse, weight)
-        return normed * weight
-
-    @staticmethod
-    def backward(ctx: PyLayerContext, grad: paddle.Tensor):
-        normed, inverse, weight = ctx.saved_tensor()
-        product = grad * normed
-        scaled = paddle.matmul(product, weight.unsqueeze(-1)) / weight.shape[0]
-        ones = paddle.ones([1, product.size // product.shape[-1]], dtype=product.dtype)
-        grad_weight = paddle.matmul(ones, product.reshape([-1, product.shape[-1]])).flatten()
-        return (grad * weight - normed * scaled) * inverse, grad_weight
+from ernie5.ops.route import Routing, permutation, route
 
 
 class RMSNorm(nn.Layer):
@@ -44,7 +25,11 @@ class RMSNorm(nn.Layer):
         self.eps = eps
 
     def forward(self, x: paddle.Tensor) -> paddle.Tensor:
-        return _RMSNorm.apply(x, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)
+
+    def add(self, x: paddle.Tensor, residual: paddle.Tensor) -> tuple[paddle.Tensor, paddle.Tensor]:
+        """(norm(x + residual), x + residual)."""
+        return add_rms_norm(x, residual, self.weight, self.eps)
 
 
 class LayerCache:
@@ -80,12 +65,13 @@ class Attention(nn.Layer):
         cache: LayerCache | None = None,
     ) -> paddle.Tensor:
         batch, length, _ = x.shape
-        q = uni_rope(self.q_proj(x), rope).reshape([batch, length, self.heads, self.head_dim])
-        k = uni_rope(self.k_proj(x), rope).reshape([batch, length, self.groups, self.head_dim])
-        v = self.v_proj(x).reshape([batch, length, self.groups, self.head_dim])
+        q, k = uni_rope(linear(x, self.q_proj.weight), linear(x, self.k_proj.weight), rope)
+        q = q.reshape([batch, length, self.heads, self.head_dim])
+        k = k.reshape([batch, length, self.groups, self.head_dim])
+        v = linear(x, self.v_proj.weight).reshape([batch, length, self.groups, self.head_dim])
         if cache is not None:
             k, v = cache.append(k, v)
-        return self.o_proj(flashmask_attention(q, k, v, mask).reshape([batch, length, -1]))
+        return linear(flashmask_attention(q, k, v, mask).reshape([batch, length, -1]), self.o_proj.weight)
 
 
 class Router(nn.Layer):
@@ -105,12 +91,12 @@ class Router(nn.Layer):
         self.scale = config.routed_scaling_factor
         self.recomputing = False
 
-    def forward(self, x: paddle.Tensor, valid: paddle.Tensor) -> tuple[paddle.Tensor, paddle.Tensor]:
-        """x [T,D], valid bool [T] -> experts int64 [T,K] (-1 on padding), weights [T,K]."""
+    def forward(self, x: paddle.Tensor, valid: paddle.Tensor) -> Routing:
+        """x [T,D], valid bool [T], False on padding."""
         routing = route(x, self.weight, self.correction_bias, valid, self.top_k, self.activation, self.scale)
         if self.training and not self.recomputing:
             self.counts = self.counts + routing.counts
-        return routing.experts, routing.weights
+        return routing
 
     @paddle.no_grad()
     def update_bias(self, speed: float) -> None:
@@ -128,9 +114,21 @@ class Experts(nn.Layer):
         experts, hidden, width = config.num_experts, config.hidden_size, config.expert_intermediate_size
         self.gate_up = self.create_parameter([experts, hidden, 2 * width])
         self.down = self.create_parameter([experts, width, hidden])
+        self.sub_batch = config.moe_sub_batch
 
-    def forward(self, x: paddle.Tensor, experts: paddle.Tensor, weights: paddle.Tensor) -> paddle.Tensor:
-        return moe_ffn(x, experts, weights, self.gate_up, self.down)
+    def forward(self, x: paddle.Tensor, routing: Routing) -> paddle.Tensor:
+        """x [T,D] -> [T,D]. In training, at most ``sub_batch`` tokens (0: all) keep activations at a time."""
+        if not (self.training and 0 < self.sub_batch < x.shape[0]):
+            return moe_ffn(x, routing.weights, routing.order, routing.offsets, self.gate_up, self.down)
+        size, parts = self.sub_batch, []
+        for start in range(0, x.shape[0], size):
+            rows = slice(start, start + size)
+            parts.append(recompute(self._part, x[rows], routing.weights[rows], routing.experts[rows]))
+        return paddle.concat(parts)
+
+    def _part(self, x: paddle.Tensor, weights: paddle.Tensor, experts: paddle.Tensor) -> paddle.Tensor:
+        _, order, offsets = permutation(experts, self.gate_up.shape[0])
+        return moe_ffn(x, weights, order, offsets, self.gate_up, self.down)
 
 
 class SharedExpert(nn.Layer):
@@ -140,7 +138,7 @@ class SharedExpert(nn.Layer):
         self.down = self.create_parameter([width, hidden])
 
     def forward(self, x: paddle.Tensor) -> paddle.Tensor:
-        return paddle.matmul(F.swiglu(paddle.matmul(x, self.gate_up)), self.down)
+        return dense_ffn(x, self.gate_up, self.down)
 
 
 class MoE(nn.Layer):
@@ -155,8 +153,7 @@ class MoE(nn.Layer):
 
     def forward(self, x: paddle.Tensor, valid: paddle.Tensor) -> paddle.Tensor:
         tokens = x.reshape([-1, x.shape[-1]])
-        experts, weights = self.router(tokens, valid.flatten())
-        out = self.experts(tokens, experts, weights)
+        out = self.experts(tokens, self.router(tokens, valid.flatten()))
         if self.shared is not None:
             out = out + self.shared(tokens)
         return out.reshape(x.shape)
@@ -180,5 +177,5 @@ class Block(nn.Layer):
         valid: paddle.Tensor,
         cache: LayerCache | None = None,
     ) -> paddle.Tensor:
-        x = x + self.attention(self.attention_norm(x), rope, mask, cache)
-        return x + self.moe(self.moe_norm(x), valid)
+        normed, x = self.moe_norm.add(self.attention(self.attention_norm(x), rope, mask, cache), x)
+        return x + self.moe(normed, valid)

@@ -12,6 +12,7 @@ import paddle
 import paddle.nn.functional as F
 from paddle import nn
 
+from ernie5.ops.cross_entropy import cross_entropy
 from ernie5.sequence.vocabulary import IGNORE, MODALITIES
 
 
@@ -21,7 +22,7 @@ def weighted_mean(values: paddle.Tensor, weights: paddle.Tensor) -> paddle.Tenso
 
 def token_loss(logits: paddle.Tensor, labels: paddle.Tensor) -> paddle.Tensor:
     """Cross entropy of each row: logits [N,V], labels [N] -> [N]."""
-    return F.cross_entropy(logits, labels, reduction="none").reshape([-1])
+    return cross_entropy(logits, labels)
 
 
 def bit_loss(logits: paddle.Tensor, labels: paddle.Tensor) -> paddle.Tensor:

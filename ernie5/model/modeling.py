@@ -11,15 +11,18 @@ import numpy as np
 import paddle
 import paddle.nn.functional as F
 from paddle import nn
+from paddle.distributed.fleet.utils import recompute
 from safetensors import SafetensorError, safe_open
 
 from ernie5.model.configuration import Ernie5Config
+from ernie5.model.decoding import new_cache
 from ernie5.model.embedding import Embedding
 from ernie5.model.heads import AudioHead, BitHead, MultiTokenPrediction, text_logits
 from ernie5.model.initialise import initialise
 from ernie5.model.layers import Block, LayerCache, MoE, RMSNorm
 from ernie5.model.losses import LossWeights, bit_loss, token_loss, weighted_mean
 from ernie5.ops.attention import IntervalMask
+from ernie5.ops.decode import DecodeCache
 from ernie5.ops.rope import RopeTables, rope_tables
 from ernie5.paddlenlp import PretrainedModel
 from ernie5.sequence.vocabulary import IGNORE, Kind, Special
@@ -81,9 +84,9 @@ class Ernie5ForCausalLM(Ernie5PretrainedModel):
         """Batch fields -> [B,S,D]."""
         return self.embedding(batch)
 
-    def new_cache(self) -> list[LayerCache]:
-        """One empty key/value cache a layer; it grows by concatenation."""
-        return [LayerCache() for _ in self.layers]
+    def new_cache(self) -> DecodeCache | list[LayerCache]:
+        """One empty key/value cache a layer; see ``run_layers``."""
+        return new_cache(self)
 
     def run_layers(
         self,
@@ -91,15 +94,20 @@ class Ernie5ForCausalLM(Ernie5PretrainedModel):
         positions: paddle.Tensor,
         attention_intervals: paddle.Tensor,
         valid: paddle.Tensor,
-        cache: list[LayerCache] | None = None,
+        cache: DecodeCache | list[LayerCache] | None = None,
         query_start: int = 0,
         first: int = 0,
         last: int | None = None,
     ) -> paddle.Tensor:
         """Blocks ``first .. last-1`` on hidden [B,n,D], rows ``query_start ..`` of the sequence.
 
-        positions [B,n,3]; attention_intervals [B,1,query_start+n,4]; valid bool [B,n], False on padding.
+        positions [B,n,3]; attention_intervals [B,1,query_start+n,4]; valid bool [B,n], False on padding. With a cache
+        that is bound to the decoding kernel, few rows go through that, all layers in one call.
         """
+        step = getattr(cache, "step", None)
+        if step is not None and step.takes(hidden.shape[0] * hidden.shape[1]):
+            state, given = hidden.astype("float32"), (positions, attention_intervals, valid)
+            return step.run(state, *given, cache, query_start, first, last)[0].astype(hidden.dtype)
         rope, mask = self._context(positions, attention_intervals, query_start)
         last = len(self.layers) if last is None else last
         for i in range(first, last):
@@ -270,8 +278,6 @@ def _recompute(
     block: Block, hidden: paddle.Tensor, rope: RopeTables, mask: IntervalMask, valid: paddle.Tensor
 ) -> paddle.Tensor:
     """Block without kept activations; its router does not count the second pass."""
-    from paddle.distributed.fleet.utils import recompute
-
     router, passes = block.moe.router, []
 
     def run(x: paddle.Tensor) -> paddle.Tensor:

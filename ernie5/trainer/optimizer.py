@@ -7,6 +7,9 @@ from collections.abc import Callable
 import paddle
 from paddle import nn
 
+from ernie5.ops.adamw import global_norm
+from ernie5.trainer.fused_adamw import FusedAdamW
+
 # Tables whose rows are looked up: a row that no position used has no gradient, and decay would only wear it away.
 LOOKED_UP = ("embedding.tokens.weight", "embedding.audio.weight", "embedding.vision.scales", "embedding.patches.slots")
 
@@ -17,10 +20,10 @@ def decays(name: str, parameter: paddle.Tensor) -> bool:
 
 
 class GuardedClip(nn.ClipGradByGlobalNorm):
-    """Scales gradients in place to ``clip_norm`` if their global norm exceeds it (<= 0: only measures).
+    """Measures the global norm before every update and scales to ``clip_norm`` where it is larger (<= 0: never).
 
-    Paddle's own class multiplies every gradient out of place even when nothing is to be clipped. ``norm`` keeps the
-    last norm; if it is not finite, ``refuse(norm)`` is called before any parameter changes and must raise.
+    ``norm`` keeps the last norm; if it is not finite, ``refuse(norm)`` is called before any parameter changes and must
+    raise. ``FusedAdamW`` takes the factor alone; called as a clip, it scales the gradients in place.
     """
 
     def __init__(self, clip_norm: float, refuse: Callable[[float], None]) -> None:
@@ -28,17 +31,20 @@ class GuardedClip(nn.ClipGradByGlobalNorm):
         self.refuse = refuse
         self.norm = 0.0
 
-    @paddle.no_grad()
-    def _dygraph_clip(self, params_grads: list[tuple[paddle.Tensor, paddle.Tensor]]) -> list:
-        grads = [g for p, g in params_grads if g is not None and getattr(p, "need_clip", True)]
-        if not grads:
-            return params_grads
-        self.norm = float(paddle.sqrt(paddle.add_n([paddle._C_ops.squared_l2_norm(g) for g in grads])))
+    def clip_factor(self, params_grads: list[tuple[paddle.Tensor, paddle.Tensor]]) -> float:
+        """What every gradient is to be multiplied by; 1 below ``clip_norm``."""
+        self.norm = global_norm([grad for _, grad in params_grads])
         if not 0.0 <= self.norm < float("inf"):
             self.refuse(self.norm)
-        if 0 < self.clip_norm < self.norm:
-            for grad in grads:
-                grad.scale_(self.clip_norm / self.norm)
+        return self.clip_norm / self.norm if 0 < self.clip_norm < self.norm else 1.0
+
+    @paddle.no_grad()
+    def _dygraph_clip(self, params_grads: list[tuple[paddle.Tensor, paddle.Tensor]]) -> list:
+        clipped = [(p, g) for p, g in params_grads if g is not None and getattr(p, "need_clip", True)]
+        factor = self.clip_factor(clipped)
+        if factor != 1.0:
+            for _, grad in clipped:
+                grad.scale_(factor)
         return params_grads
 
 
@@ -52,7 +58,7 @@ def build_optimizer(
 ) -> paddle.optimizer.AdamW:
     trainable = [(name, p) for name, p in model.named_parameters() if not p.stop_gradient]
     decayed = {p.name for name, p in trainable if decays(name, p)}
-    return paddle.optimizer.AdamW(
+    return FusedAdamW(
         learning_rate=learning_rate,
         beta1=betas[0],
         beta2=betas[1],

@@ -9,6 +9,7 @@ import paddle
 import pytest
 
 from ernie5.generation import generate
+from ernie5.generation.walk import Walk
 from ernie5.sequence.parts import Audio, Image, RawPart, Speaker, Text, Video
 from ernie5.sequence.vocabulary import NUM_SPECIALS, Special
 from ernie5.tokenizers.text import TextTokenizer
@@ -77,6 +78,11 @@ def with_logits(monkeypatch: pytest.MonkeyPatch, name: str, change) -> None:
     monkeypatch.setattr(MODEL, name, changed)
 
 
+def with_text_logits(monkeypatch: pytest.MonkeyPatch, change) -> None:
+    original = Walk.text_logits
+    monkeypatch.setattr(Walk, "text_logits", lambda *args: change(original(*args).copy()))
+
+
 def test_text_stops_at_its_end_and_holds_no_other_special(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
@@ -89,7 +95,7 @@ def test_text_stops_at_its_end_and_holds_no_other_special(monkeypatch: pytest.Mo
                 logits[row, Special.EOS] = 1000.0
         return logits
 
-    with_logits(monkeypatch, "text_logits", change)
+    with_text_logits(monkeypatch, change)
     results = generate(MODEL, TOKENIZERS, PROMPTS[:2], "text", max_new_tokens=30)
     assert [len(result) for result in results] == [2, 4]
     assert len(calls) == 5
@@ -104,7 +110,7 @@ def test_ids_without_a_text_are_never_drawn(monkeypatch: pytest.MonkeyPatch) -> 
         logits[:, Special.EOS] = -100.0
         return logits
 
-    with_logits(monkeypatch, "text_logits", change)
+    with_text_logits(monkeypatch, change)
     monkeypatch.setattr(text, "decode", lambda ids: drawn.extend(ids) or "", raising=False)
     generate(MODEL, TOKENIZERS, PROMPTS[:2], "text", max_new_tokens=9)
     assert len(drawn) == 18 and min(drawn) >= NUM_SPECIALS and max(drawn) < text.vocab_size
@@ -116,7 +122,7 @@ def test_text_is_well_formed_and_complete(size: int, options: dict, monkeypatch:
     """A model with random weights is as likely to stop inside a character as anywhere; every row has its own state."""
     text = TextTokenizer.train(["the heart 😀 world 世界"] * 3, 330, progress=False)
     text.parities = None
-    with_logits(monkeypatch, "text_logits", _keen_on_surrogates)
+    with_text_logits(monkeypatch, _keen_on_surrogates)
     tokenizers = SimpleNamespace(text=text, vision=TOKENIZERS.vision)
     prompts = [[Text(f"{number} red stars")] for number in range(6)]
     results = generate(MODEL, tokenizers, prompts, "text", max_new_tokens=size, **options)
@@ -155,7 +161,7 @@ def test_text_and_audio_fill_the_context_at_most(monkeypatch: pytest.MonkeyPatch
         logits[:, Special.EOS] = -100.0
         return logits
 
-    with_logits(monkeypatch, "text_logits", change)
+    with_text_logits(monkeypatch, change)
     (text,) = generate(MODEL, TOKENIZERS, [Text("a" * 140)], "text", temperature=0.0)
     assert len(text) == SHAPE.max_sequence_length - 141
 

@@ -25,6 +25,18 @@ def test_class_probabilities(sampling: Sampling, expected: list[float]) -> None:
     np.testing.assert_allclose(class_probabilities(LOGITS, sampling)[0], expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("sampling", [Sampling(top_k=7), Sampling(top_p=0.6), Sampling(top_k=40, top_p=0.9)])
+def test_equals_at_the_border_are_cut_as_by_a_stable_ranking(sampling: Sampling) -> None:
+    logits = np.round(np.random.default_rng(0).normal(0, 2, (5, 300)))
+    whole = class_probabilities(logits, Sampling())
+    found = class_probabilities(logits, sampling)
+    for row, kept in zip(whole, found, strict=True):
+        order = np.argsort(-row, kind="stable")
+        before = np.cumsum(row[order]) - row[order]
+        expected = order[: sampling.top_k or None][before[: sampling.top_k or None] < sampling.top_p]
+        assert set(np.flatnonzero(kept)) == set(expected)
+
+
 def test_drawn_classes_follow_the_probabilities() -> None:
     drawn = Sampler(Sampling(), 0, 4000).classes(np.repeat(LOGITS, 4000, 0))
     np.testing.assert_allclose(np.bincount(drawn, minlength=4) / 4000, [0.5, 0.3, 0.15, 0.05], atol=0.03)

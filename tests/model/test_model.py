@@ -189,11 +189,12 @@ def test_posterior_weights_bring_losses_to_one_interval():
     assert float(total) == pytest.approx(4.0 * middle / 4 + 1.0 * min(middle, 2.0) + 3.0 * 2.0 * middle / 2, rel=1e-5)
 
 
-def test_recomputation_changes_neither_gradients_nor_counts():
+@pytest.mark.parametrize("option", [{"recompute": True}, {"moe_sub_batch": 5}, {"recompute": True, "moe_sub_batch": 7}])
+def test_recomputation_changes_neither_gradients_nor_counts(option):
     batch = batch_of([[samples(np.random.default_rng(0))["audio_gen"]]])
     results = []
-    for recompute in (False, True):
-        model = tiny_model(recompute=recompute)
+    for chosen in ({}, option):
+        model = tiny_model(**chosen)
         model.train()
         model(**batch)["loss"].backward()
         results.append(
