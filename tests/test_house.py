@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -150,7 +151,7 @@ def test_doctor_finds_everything_here():
     lines = {(check["group"], check["name"]): check for check in report["checks"]}
     assert lines["versions", "paddlepaddle"]["state"] == "OK"
     assert lines["data", "handwritten digits"]["state"] == "OK"
-    assert lines["kernels", "swiglu"]["state"] == "OK"
+    assert lines["kernels", "moe_ffn"]["found"].startswith("compiled: " if shutil.which("g++") else "reference: ")
     assert "GFLOP/s" in lines["devices", "fp32 matmul"]["found"]
 
 

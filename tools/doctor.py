@@ -4,7 +4,7 @@
     python tools/doctor.py            a table
     python tools/doctor.py --json     the same as one JSON object
 
-Exit code 1 if something required is missing. Nothing is downloaded and nothing is changed.
+Exit code 1 if something required is missing. Nothing is downloaded; the kernels are compiled if they were not yet.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -88,8 +88,8 @@ def check_machine() -> Iterator[Check]:
         gib = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
         yield Check("machine", "memory", "info", f"{gib:.1f} GiB")
     for tool, use, mend in (
-        ("g++", "for kernels of your own; nothing here is compiled", "apt-get install g++"),
-        ("nvcc", "for CUDA kernels of your own; nothing here is compiled", ""),
+        ("g++", "compiles the kernels; without it every op runs its slower reference", "apt-get install g++"),
+        ("nvcc", "compiles the CUDA kernels", ""),
     ):
         path = shutil.which(tool)
         yield Check("machine", tool, "OK" if path else "missing", path or f"optional: {use}", mend="" if path else mend)
@@ -141,31 +141,15 @@ def check_collectives(paddle: object) -> Iterator[Check]:
         yield Check("collectives", name, *built[there])
 
 
-def kernel_probes(paddle: object) -> dict[str, Callable[[], object]]:
-    """Operation -> a smallest call of it. For whoever writes a kernel: ``ernie5/ops`` is plain Paddle."""
-    functional = paddle.nn.functional
-    rms_norm = paddle.incubate.nn.functional.fused_rms_norm
-    x, weight = paddle.rand([1, 8, 2, 16]), paddle.ones([16])
-    intervals = paddle.full([1, 1, 8, 1], 8, dtype="int32")
-    return {
-        "scaled_dot_product_attention": lambda: functional.scaled_dot_product_attention(x, x, x, is_causal=True),
-        "flashmask_attention": lambda: functional.flashmask_attention(x, x, x, intervals, causal=True),
-        "fused_rms_norm": lambda: rms_norm(x, weight, None, 1e-6, 3),
-        "swiglu": lambda: functional.swiglu(x),
-        "bfloat16 matmul": lambda: paddle.matmul(x.astype("bfloat16"), x.astype("bfloat16"), transpose_y=True),
-    }
-
-
 def check_kernels(paddle: object) -> Iterator[Check]:
-    found = "each operation runs its reference in plain Paddle; the fused attention and norm below are not used"
-    yield Check("kernels", "ernie5/ops", "info", found)
-    for name, call in kernel_probes(paddle).items():
-        try:
-            call()
-        except (RuntimeError, ValueError, TypeError, NotImplementedError, AttributeError, OSError) as error:
-            yield Check("kernels", name, "info", f"not on this device ({type(error).__name__})")
-        else:
-            yield Check("kernels", name, "OK", "runs")
+    """Which kernel serves each op here, and why. Compiles ours if that has not been done yet."""
+    from ernie5.ops import kernels
+
+    for name, used_for in kernels.OPS.items():
+        kernel, why = kernels.serving(name)
+        compiled = kernel != "reference"
+        mend = "" if compiled or kernels.chosen_reference() else "apt-get install g++, or set CXX to a C++17 compiler"
+        yield Check("kernels", name, "OK" if compiled else "info", f"{kernel}: {why} ({used_for})", mend=mend)
 
 
 def package_folder(name: str) -> Path | None:

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Makes the virtual environment .venv and installs the pinned requirements; does nothing when that is already done.
+# Makes the virtual environment .venv, installs the pinned requirements and compiles the kernels; does nothing that is
+# already done.
 # Run it, or source it to have VENV_PYTHON set:   source tools/setup.sh
 # ERNIE5_PYTHON=/path/python3.11 chooses the interpreter, ERNIE5_VENV=/path another place for the environment.
 
@@ -72,6 +73,11 @@ ernie5_pip_install() {
     fi
 }
 
+# Compiles the kernels unless they are there; without a compiler everything still runs, slower.
+ernie5_kernels() {
+    PYTHONPATH="$ERNIE5_ROOT${PYTHONPATH:+:$PYTHONPATH}" "$VENV_PYTHON" -m ernie5.ops.build
+}
+
 ernie5_setup() {
     local python stamp wanted started=$SECONDS
     if [ -n "${ERNIE5_PYTHON:-}" ]; then
@@ -80,6 +86,7 @@ ernie5_setup() {
     stamp="$VENV_DIR/requirements.stamp"
     wanted="$(cat "$ERNIE5_ROOT/requirements.txt" "$ERNIE5_ROOT/requirements-data.txt" | cksum)"
     if [ -x "$VENV_PYTHON" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
+        ernie5_kernels
         return 0
     fi
     if [ ! -x "$VENV_PYTHON" ]; then
@@ -92,12 +99,13 @@ ernie5_setup() {
     # The tree itself becomes importable from anywhere, as an editable install would make it.
     echo "$ERNIE5_ROOT" >"$("$VENV_PYTHON" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/ernie5.pth" || return 1
     echo "$wanted" >"$stamp"
+    ernie5_kernels
     echo "setup: ready after $((SECONDS - started)) s"
 }
 
 if [ "${BASH_SOURCE[0]}" = "$0" ]; then
     case "${1:-}" in
-    -h | --help) sed -n '2,4s/^# //p' "$0" ;;
+    -h | --help) sed -n '2,5s/^# //p' "$0" ;;
     *) ernie5_setup ;;
     esac
 else
