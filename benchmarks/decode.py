@@ -69,7 +69,7 @@ class Ours(worker.Contender):
         without[:SPECIALS] = 0.0  # so that no one's greedy choice is a special token
         embedding.set_value(paddle.to_tensor(without))
         if dtype == "bf16":
-            peer_models.to_bfloat16(self.model)
+            self.model.to_bfloat16()
         self.model.eval()
         vision = SimpleNamespace(config=SimpleNamespace(scales=[1, 2]), bits_series=(config.vision_bits,))
         self.tokenizers = SimpleNamespace(text=Words(self.shape.vocabulary), vision=vision)

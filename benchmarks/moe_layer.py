@@ -26,7 +26,6 @@ from benchmarks.peer_models import (  # noqa: E402
     load_huggingface_layer,
     ours_config,
     paddlenlp_config,
-    to_bfloat16,
 )
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
@@ -127,7 +126,7 @@ class Ours(worker.Contender):
         config = ours_config(SHAPES[shape])
         import paddle
 
-        from ernie5.model.layers import MoE
+        from ernie5.model.layers import MoE, to_bfloat16
 
         x, dy, weights = inputs(SHAPES[shape])
         layer = MoE(config)

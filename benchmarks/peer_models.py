@@ -217,24 +217,6 @@ def load_huggingface_layer(block: Any, weights: dict[str, np.ndarray], shared: A
             parameter.copy_(tensor(values))
 
 
-def to_bfloat16(layer: Any) -> None:
-    """Parameters of one of our layers or models in bfloat16; routers stay as they are, in float32."""
-    import paddle
-
-    for part in layer.sublayers(include_self=True):
-        for name, parameter in list(part._parameters.items()):
-            if parameter is not None and type(part).__name__ != "Router":
-                part._parameters[name] = _converted(paddle, parameter)
-
-
-def _converted(paddle: Any, parameter: Any) -> Any:
-    zeros = paddle.nn.initializer.Constant(0.0)
-    name = parameter.name + ".bf16"
-    converted = paddle.create_parameter(parameter.shape, paddle.bfloat16, name, default_initializer=zeros)
-    converted.set_value(parameter.astype("bfloat16"))
-    return converted
-
-
 HUGGINGFACE_NAMES = {  # of Ernie-4.5-MoE -> ours; {} is the layer
     "model.embed_tokens.weight": "embedding.tokens.weight",
     "model.norm.weight": "norm.weight",

@@ -57,7 +57,7 @@ class Ours(worker.Contender):
 
         self.model = Ernie5ForCausalLM(config)
         if dtype == "bf16":
-            peer_models.to_bfloat16(self.model)
+            self.model.to_bfloat16()
         self.model.train()
         decayed = {p.name for name, p in self.model.named_parameters() if decays(name, p)}
         self.optimizer = _our_adamw()(

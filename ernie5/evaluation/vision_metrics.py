@@ -21,7 +21,7 @@ SHOWN = 20
 def digit_judge(scope: Scope) -> DigitJudge:
     """The judge of this run, trained once on the digits that the model trained on, never on held-out ones."""
     if "digit_judge" not in scope.cache:
-        real = [sample for sample in DigitSource().samples("train") if sample.task == "digit_und"]
+        real = [sample for sample in DigitSource().samples("train") if sample.task == "digit_gen"]
         pictures = np.stack([_picture(sample) for sample in real])
         scope.cache["digit_judge"] = DigitJudge.train(pictures, [sample.meta["digit"] for sample in real])
     return scope.cache["digit_judge"]

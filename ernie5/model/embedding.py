@@ -102,18 +102,19 @@ class Embedding(nn.Layer):
         """Batch fields (see ``ernie5.sequence.packing``) -> [B,S,D]. Absent or empty feature fields are skipped."""
         hidden = self.tokens(batch["input_ids"])
         shape = hidden.shape
+        wide = paddle.float32 if hidden.dtype == paddle.bfloat16 else hidden.dtype
         index, rows = [], []
 
         def add(at: paddle.Tensor, values: paddle.Tensor) -> None:
             index.append(at)
-            rows.append(values)
+            rows.append(values.astype(wide))
 
         if _present(batch, "vision_index"):
             add(batch["vision_index"], self.vision(batch["vision_features"], batch["vision_scale"]))
         if _present(batch, "patch_index"):
             add(batch["patch_index"], self.patches(batch["patch_cnn"], batch["patch_vit"], batch["patch_mask"]))
         if _present(batch, "speaker_index"):
-            add(batch["speaker_index"], self.speaker(batch["speaker"].astype(hidden.dtype)))
+            add(batch["speaker_index"], self.speaker(batch["speaker"].astype(wide)))
         if "audio_codes" in batch:
             codes = batch["audio_codes"].reshape([-1, batch["audio_codes"].shape[-1]])
             at = paddle.nonzero(codes[:, 0] >= 0).flatten()
@@ -121,8 +122,8 @@ class Embedding(nn.Layer):
                 add(at, self.audio(codes.gather(at)))
         if not index:
             return hidden
-        flat = paddle.scatter(hidden.reshape([-1, shape[-1]]), paddle.concat(index), paddle.concat(rows))
-        return flat.reshape(shape)
+        flat = hidden.astype(wide).reshape([-1, shape[-1]])
+        return paddle.scatter(flat, paddle.concat(index), paddle.concat(rows)).reshape(shape).astype(hidden.dtype)
 
 
 def _present(batch: dict[str, paddle.Tensor], name: str) -> bool:

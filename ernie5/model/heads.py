@@ -26,7 +26,8 @@ class BitHead(nn.Layer):
 
     def forward(self, hidden: paddle.Tensor) -> paddle.Tensor:
         """[..., D] -> logits [..., d, 2]."""
-        return (linear(hidden, self.weight) + self.bias).reshape([*hidden.shape[:-1], self.bits, 2])
+        logits = linear(hidden, self.weight).astype(_at_least_float32(self.bias.dtype))
+        return (logits + self.bias.astype(logits.dtype)).reshape([*hidden.shape[:-1], self.bits, 2])
 
 
 class AudioHead(nn.Layer):
@@ -64,10 +65,17 @@ class MultiTokenPrediction(nn.Layer):
         valid: paddle.Tensor,
     ) -> paddle.Tensor:
         """hidden and next_embedding [B,S,D] -> [B,S,D], ready for the text head."""
-        joined = paddle.concat([self.norm_hidden(hidden), self.norm_embed(next_embedding)], axis=-1)
+        wide = _at_least_float32(hidden.dtype)
+        parts = [self.norm_hidden(hidden).astype(wide), self.norm_embed(next_embedding).astype(wide)]
+        joined = paddle.concat(parts, axis=-1).astype(hidden.dtype)
         return self.norm(self.block(linear(joined, self.proj.weight), rope, mask, valid))
 
 
 def text_logits(hidden: paddle.Tensor, embedding: paddle.Tensor) -> paddle.Tensor:
     """[..., D] x tied embedding [V,D] -> [..., V]."""
     return linear(hidden, embedding, transposed=True)
+
+
+def _at_least_float32(dtype: paddle.dtype) -> paddle.dtype:
+    """float32 for bfloat16, in which Paddle's CPU kernels neither join nor add with broadcasting."""
+    return paddle.float32 if dtype == paddle.bfloat16 else dtype

@@ -13,7 +13,7 @@ from ernie5.model.configuration import Ernie5Config
 from ernie5.ops.attention import IntervalMask, flashmask_attention
 from ernie5.ops.experts import dense_ffn, moe_ffn
 from ernie5.ops.linear import linear
-from ernie5.ops.norm import add_rms_norm, rms_norm
+from ernie5.ops.norm import add, add_rms_norm, rms_norm
 from ernie5.ops.rope import RopeTables, uni_rope
 from ernie5.ops.route import Routing, permutation, route
 
@@ -155,7 +155,7 @@ class MoE(nn.Layer):
         tokens = x.reshape([-1, x.shape[-1]])
         out = self.experts(tokens, self.router(tokens, valid.flatten()))
         if self.shared is not None:
-            out = out + self.shared(tokens)
+            out = add(out, self.shared(tokens))
         return out.reshape(x.shape)
 
 
@@ -178,4 +178,18 @@ class Block(nn.Layer):
         cache: LayerCache | None = None,
     ) -> paddle.Tensor:
         normed, x = self.moe_norm.add(self.attention(self.attention_norm(x), rope, mask, cache), x)
-        return x + self.moe(normed, valid)
+        return add(x, self.moe(normed, valid))
+
+
+@paddle.no_grad()
+def to_bfloat16(layer: nn.Layer, except_for: tuple[str, ...] = ()) -> None:
+    """New bfloat16 parameters in place of the layer's own, but for routers and sublayers whose name begins so."""
+    for path, part in layer.named_sublayers(include_self=True):
+        if isinstance(part, Router) or (except_for and path.startswith(except_for)):
+            continue
+        for key, parameter in list(part._parameters.items()):
+            if parameter is not None:
+                name, zeros = f"{parameter.name}.bfloat16", nn.initializer.Constant(0.0)
+                half = paddle.create_parameter(parameter.shape, "bfloat16", name, default_initializer=zeros)
+                half.set_value(parameter.astype("bfloat16"))
+                part._parameters[key] = half

@@ -56,9 +56,18 @@ def test_digits_are_split_by_picture_and_evenly(digits):
     assert (counts == 200).all()  # a hundred pictures, to read and to draw
 
 
+def test_a_training_digit_is_named_in_another_view_too(digits):
+    first, drawn, second = digits["train"][:3]
+    assert [s.task for s in (first, drawn, second)] == ["digit_und", "digit_gen", "digit_und"]
+    assert first.meta == second.meta and _caption(first) == _caption(second)
+    same, other = _media(first).astype(float), _media(second).astype(float)
+    assert same.shape == other.shape and 0 < np.abs(same - other).mean() < 40
+    assert all(s.meta["index"] != first.meta["index"] for s in digits["train"][3:6])
+
+
 def test_digit_pictures_are_the_labelled_ones(digits):
     pixels, labels = load_digits()
-    for sample in digits["train"][::501]:
+    for sample in [s for s in digits["train"] if s.task == "digit_gen"][::251]:
         index = sample.meta["index"]
         np.testing.assert_array_equal(_media(sample)[2:-2, 2:-2, 1], pixels[index])
         assert sample.meta["digit"] == labels[index]
@@ -194,10 +203,10 @@ def test_a_missing_package_names_the_command_that_installs_it():
 def test_vision_material_is_the_training_split_with_its_captions():
     images, captions, clips = tokenizer_material(Config(), "vision")
     assert images.dtype == clips.dtype == np.uint8
-    assert images.shape == (8000, 32, 32, 3) and clips.shape == (2000, 5, 32, 32, 3)
-    assert len(captions) == 8000 and captions[0].startswith("a handwritten ")
+    assert images.shape == (12000, 32, 32, 3) and clips.shape == (2000, 5, 32, 32, 3)
+    assert len(captions) == 12000 and captions[0].startswith("a handwritten ")
     heldout = {s.parts[0].pixels.tobytes() for s in DigitSource().samples("heldout") if s.task == "digit_und"}
-    assert not heldout & {image.tobytes() for image in images[:4000]}
+    assert not heldout & {image.tobytes() for image in images[:8000]}
 
 
 def test_moving_digits_are_whole():

@@ -23,8 +23,8 @@ PALETTE = {"red": (220, 40, 40), "blue": (40, 80, 220), "green": (30, 150, 60), 
 
 
 def digits(split):
-    samples = [sample for sample in DigitSource().samples(split) if sample.task == "digit_und"]
-    return np.stack([sample.parts[0].pixels for sample in samples]), [sample.meta["digit"] for sample in samples]
+    samples = [sample for sample in DigitSource().samples(split) if sample.task == "digit_gen"]
+    return np.stack([sample.parts[-1].pixels for sample in samples]), [sample.meta["digit"] for sample in samples]
 
 
 @pytest.fixture(scope="module")

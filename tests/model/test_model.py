@@ -7,6 +7,7 @@ from safetensors.numpy import load_file, save_file
 
 from ernie5.config import num_params
 from ernie5.model import Ernie5ForCausalLM
+from ernie5.ops import kernels
 from ernie5.sequence.parts import Sample, Text
 from ernie5.sequence.vocabulary import IGNORE, Special
 from tests.model.helpers import SPEC, batch_of, samples, tiny_config, tiny_model
@@ -272,3 +273,24 @@ def test_a_batch_without_targets_is_refused():
         batch[name] = paddle.full_like(batch[name], IGNORE)
     with pytest.raises(ValueError, match="no labelled position"):
         tiny_model()(**batch)
+
+
+@pytest.mark.skipif(bool(kernels.library().problem), reason="bfloat16 on a CPU needs the compiled kernels")
+def test_a_bfloat16_model_learns_what_a_float32_one_does():
+    """Losses agree to bfloat16's digits, every parameter gets a gradient of its own dtype, routers stay in float32."""
+    rows = [[sample] for sample in samples(np.random.default_rng(0)).values()]
+    batch = batch_of(rows, dtype="float32")
+    single, half = tiny_model(dtype="float32"), tiny_model(dtype="float32")
+    half.to_bfloat16()
+    assert half.layers[0].moe.router.weight.dtype == paddle.float32
+    assert half.layers[0].moe.experts.gate_up.dtype == half.embedding.tokens.weight.dtype == paddle.bfloat16
+    wanted, found = single(**batch), half(**batch)
+    assert set(wanted["losses"]) == set(found["losses"])
+    for name, loss in wanted["losses"].items():
+        assert float(found["losses"][name]) == pytest.approx(float(loss), rel=0.02), name
+    wanted["loss"].backward()
+    found["loss"].backward()
+    for (name, parameter), other in zip(single.named_parameters(), half.parameters(), strict=True):
+        assert (parameter.grad is None) == (other.grad is None), name
+        if other.grad is not None:
+            assert other.grad.dtype == other.dtype and bool(paddle.isfinite(other.grad.astype("float32")).all()), name
