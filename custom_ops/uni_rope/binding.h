@@ -43,6 +43,7 @@ inline std::vector<Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
 }
 
 inline std::vector<Tensor> backward(const Tensor& cos, const Tensor& sin, const Tensor& grad_q, const Tensor& grad_k) {
+  PD_CHECK(grad_q.initialized() && grad_k.initialized(), "ernie5_uni_rope: both outputs must take part in the loss");
   return turn(grad_q, grad_k, cos, sin, -1.0f);
 }
 

@@ -15,7 +15,7 @@ SIGNATURES = {
     **{f"ernie5_cross_entropy_forward_cpu_{kind}": [c_void_p] * 2 + SIZES + [c_void_p] * 2 for kind in KINDS},
     **{f"ernie5_cross_entropy_backward_cpu_{kind}": [c_void_p] * 4 + SIZES + [c_void_p] for kind in KINDS},
 }
-TOLERANCE = 3e-6
+TOLERANCE = 2e-5  # of a float32 log-sum: its rounding grows with the largest logit
 IGNORED = -100
 
 # N, V
