@@ -60,6 +60,7 @@ if __name__ == "__main__":
             package_dir={INSTALLED: work},
             cmdclass={"build_py": BuildKernels},
             distclass=BinaryDistribution,
+            zip_safe=False,
         )
         os.chdir(HERE)
         shutil.rmtree(work, ignore_errors=True)

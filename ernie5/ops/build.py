@@ -50,11 +50,11 @@ def paddle_folder() -> Path:
 
 
 def source_key(sources: Path = SOURCES) -> str:
-    """Hash of everything the library depends on: sources, flags, Paddle, Python, compiler and processor."""
+    """Hash of what the library must fit: sources, flags, Paddle, Python and processor."""
     digest = hashlib.sha256()
     for path in sorted(p for p in sources.rglob("*") if p.suffix in (".cc", ".h")):
         digest.update(str(path.relative_to(sources)).encode() + b"\0" + path.read_bytes())
-    facts = (*FLAGS, *BINDING_FLAGS, _paddle_version(), sys.version, compiler() or "", _processor())
+    facts = (*FLAGS, *BINDING_FLAGS, _paddle_version(), sys.version, _processor())
     digest.update("\n".join(facts).encode())
     return digest.hexdigest()[:16]
 
