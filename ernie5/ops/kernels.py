@@ -22,7 +22,7 @@ INTEGER_DTYPES = {paddle.int32, paddle.int64}
 OPS = {  # op -> what the model uses it for
     "moe_ffn": "routed experts",
     "dense_ffn": "shared expert",
-    "linear": "projections and heads",
+    "linear": "projections and heads in bfloat16; float32 is Paddle's matmul",
     "flashmask_attention": "attention under interval masks",
     "uni_rope": "rotary positions",
     "route": "expert selection",
