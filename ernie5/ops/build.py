@@ -147,7 +147,7 @@ def _build_into(target: Path, quiet: bool) -> None:
     """
     started = time.monotonic()
     if not quiet:
-        print("ernie5: compiling the kernels, once for these sources (about half a minute)", file=sys.stderr)
+        print("ernie5: compiling the kernels, once for these sources (under a minute on two cores)", file=sys.stderr)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
         made = Path(scratch) / "made"
         made.mkdir()

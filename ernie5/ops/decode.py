@@ -165,17 +165,6 @@ class DecodeCache:
             self._arrays[:, :, :, :kept] = old[:, :, :, :kept]
         self._table = None
 
-    def truncate(self, length: int) -> None:
-        """Forgets every row from ``length`` on."""
-        self.lengths = [min(length, found) for found in self.lengths]
-
-    def select(self, rows: Sequence[int] | np.ndarray) -> DecodeCache:
-        """A copy with the sequences ``rows`` of this one, some perhaps several times: branches of a generation."""
-        copy = DecodeCache(len(self), *self._row, self.step)
-        copy.lengths = list(self.lengths)
-        copy._arrays = np.ascontiguousarray(self._arrays[:, :, np.asarray(rows, np.int64)])
-        return copy
-
     def append(self, layer: int, k: paddle.Tensor, v: paddle.Tensor) -> tuple[paddle.Tensor, paddle.Tensor]:
         """Adds k, v [B,n,G,h] to a layer; returns all its keys and values [B,M,G,h], for attention by the blocks."""
         start = self.lengths[layer]
