@@ -200,53 +200,64 @@ class HuggingFace(worker.Contender):
 
 
 class PaddleNLP(worker.Contender):
-    """PaddleNLP's sparse block of Qwen2-MoE, or of Mixtral, which has no shared expert."""
+    """PaddleNLP's sparse block of Qwen2-MoE, or of Mixtral with the shared expert it lacks, in its own MLP class."""
 
     def __init__(self, family: str, shape: str) -> None:
-        config = paddlenlp_config(family, SHAPES[shape])
+        sizes = SHAPES[shape]
+        config = paddlenlp_config(family, sizes)
         import paddle
-        from paddlenlp.transformers.mixtral.modeling import MixtralSparseMoeBlock
+        from paddlenlp.transformers.mixtral.modeling import MixtralMLP, MixtralSparseMoeBlock
         from paddlenlp.transformers.qwen2_moe.modeling import Qwen2MoeSparseMoEBlock
 
-        x, dy, weights = inputs(SHAPES[shape])
-        self.block = (MixtralSparseMoeBlock if family == "mixtral" else Qwen2MoeSparseMoEBlock)(config)
+        x, dy, weights = inputs(sizes)
+        if family == "mixtral":
+            self.block = MixtralSparseMoeBlock(config)
+            config.intermediate_size = sizes.shared
+            self.block.shared = MixtralMLP(config)
+            self.forward = lambda x: self.block(x)[0] + self.block.shared(x)
+        else:
+            self.block = Qwen2MoeSparseMoEBlock(config)
+            self.forward = lambda x: self.block(x)[0]
         _load_paddlenlp_layer(self.block, weights)
-        self.family, self.parameters = family, list(self.block.parameters())
+        self.parameters = list(self.block.parameters())
         self.x = paddle.to_tensor(x, stop_gradient=False)
         self.dy = paddle.to_tensor(dy)
 
     def step(self) -> None:
         for tensor in (self.x, *self.parameters):
             tensor.clear_gradient(False)
-        self.y = self.block(self.x)[0]
+        self.y = self.forward(self.x)
         self.y.backward(self.dy)
 
     def outputs(self) -> dict[str, np.ndarray]:
-        """Mixtral's output lacks the shared expert, so only its experts' gradients are compared."""
-        down = "w2" if self.family == "mixtral" else "down_proj"
-        grads = [getattr(expert, down).weight.grad for expert in self.block.experts]
-        out = {"ddown": np.stack([grad.numpy() for grad in grads])}
-        if self.family == "qwen2":
-            out |= {"y": self.y.numpy().reshape(-1, self.y.shape[-1])}
-        return out
+        down = ["w2" if hasattr(expert, "w2") else "down_proj" for expert in self.block.experts]
+        grads = [getattr(e, name).weight.grad for e, name in zip(self.block.experts, down, strict=True)]
+        return {
+            "y": self.y.numpy().reshape(-1, self.y.shape[-1]),
+            "ddown": np.stack([grad.numpy() for grad in grads]),
+        }
 
 
 def _load_paddlenlp_layer(block: Any, weights: dict[str, np.ndarray]) -> None:
     """Copies ``layer_weights``. Qwen2-MoE halves its shared expert with a gate of zeros, so that one counts twice."""
     gate, up = np.split(weights["gate_up"], 2, axis=-1)
-    mixtral = hasattr(block.experts[0], "w1")
+    shared_gate, shared_up = np.split(weights["shared_gate_up"], 2, axis=-1)
     block.gate.weight.set_value(weights["router"])
+    mixtral = hasattr(block, "shared")
+    names = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
+
+    def load(expert: Any, *values: np.ndarray) -> None:
+        for name, value in zip(names, values, strict=True):
+            getattr(expert, name).weight.set_value(value)
+
     for e, expert in enumerate(block.experts):
-        names = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
-        for name, values in zip(names, (gate[e], up[e], weights["down"][e]), strict=True):
-            getattr(expert, name).weight.set_value(values)
-    if not mixtral:
-        block.gate.norm_topk_prob = True  # the configuration says so too, but its block forgets to pass it on
-        shared_gate, shared_up = np.split(weights["shared_gate_up"], 2, axis=-1)
-        block.shared_expert.gate_proj.weight.set_value(shared_gate)
-        block.shared_expert.up_proj.weight.set_value(shared_up)
-        block.shared_expert.down_proj.weight.set_value(2 * weights["shared_down"])
-        block.shared_expert_gate.weight.set_value(np.zeros(block.shared_expert_gate.weight.shape, np.float32))
+        load(expert, gate[e], up[e], weights["down"][e])
+    if mixtral:
+        load(block.shared, shared_gate, shared_up, weights["shared_down"])
+        return
+    block.gate.norm_topk_prob = True  # the configuration says so too, but its block forgets to pass it on
+    load(block.shared_expert, shared_gate, shared_up, 2 * weights["shared_down"])
+    block.shared_expert_gate.weight.set_value(np.zeros(block.shared_expert_gate.weight.shape, np.float32))
 
 
 def contenders(shape: str, dtype: str, options: Any) -> list[Contender]:

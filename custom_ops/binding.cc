@@ -10,4 +10,5 @@
 #include "patch_embed/binding.h"
 #include "rms_norm/binding.h"
 #include "route/binding.h"
+#include "swiglu/binding.h"
 #include "uni_rope/binding.h"

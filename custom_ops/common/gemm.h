@@ -355,6 +355,9 @@ inline int64_t spread(int64_t units) {
   return whole % 64 == 0 ? whole + 16 : whole;
 }
 
+// Whether rows of floats can be read where they are: nothing to gather, and no two rows fight for the same cache sets.
+inline bool in_place(Rows<float> from) { return from.index == nullptr && from.stride % 64 != 0; }
+
 // How many rows the matrix unit reads for `rows` rows.
 template <class T>
 int64_t padded_rows(int64_t rows) {
@@ -380,6 +383,7 @@ int64_t left_size(int64_t rows, int64_t depth) {
 
 // Left operand whose rows are columns of `from`: [columns, depth], summed over the rows of `from`.
 inline Left<float> pack_left_columns(Rows<float> from, int64_t depth, int64_t columns, float* to) {
+  if (in_place(from)) return {from.data, 1, from.stride};
   int64_t stride = spread(columns);
   for (int64_t p = 0; p < depth; ++p) {
     std::memcpy(to + p * stride, from[p], static_cast<size_t>(columns) * sizeof(float));
@@ -423,9 +427,12 @@ int64_t right_size(int64_t depth, int64_t columns) {
   return packed_units<T>(depth) * round_up(columns, kPanel);
 }
 
-// Packs [depth, columns], summed over its rows. Whole float panels are used where they are when `reuse` allows it.
+// Packs [depth, columns], summed over its rows. Whole float panels are used where they are when `reuse` allows it, or
+// when nothing speaks against it.
 inline Right<float> pack_right(Rows<float> from, int64_t depth, int64_t columns, float* to, bool reuse = true) {
-  if (reuse && from.index == nullptr && columns % kPanel == 0) return {from.data, kPanel, from.stride};
+  if (columns % kPanel == 0 && (in_place(from) || (reuse && from.index == nullptr))) {
+    return {from.data, kPanel, from.stride};
+  }
   for (int64_t c = 0; c < columns; c += kPanel) {
     int64_t count = std::min<int64_t>(kPanel, columns - c);
     for (int64_t p = 0; p < depth; ++p, to += kPanel) {

@@ -42,6 +42,7 @@ T* data(Tensor& tensor) {
 struct Sizes {
   int64_t tokens, top_k, dim, experts, width;
   int64_t rows() const { return tokens * top_k; }
+  int64_t work_width() const { return 3 * width + 64; }
 };
 
 // The kernels index memory with these values.
@@ -93,7 +94,7 @@ inline std::vector<Tensor> backward(const Tensor& x, const Tensor& weights, cons
   PD_CHECK(grad_y.shape() == x.shape(), "moe_ffn: the gradient of y has the shape of x");
   Tensor grad_x = like(x, x.shape()), grad_weights = like(weights, weights.shape());
   Tensor grad_gate_up = like(x, gate_up.shape()), grad_down = like(x, down.shape());
-  Tensor rows = like(x, {s.rows(), s.dim}), work = like(x, {s.rows(), 3 * s.width});
+  Tensor rows = like(x, {s.rows(), s.dim}), work = like(x, {s.rows(), s.work_width()});
   auto run = [&](auto launcher, auto zero) {
     using T = decltype(zero);
     launcher(data<T>(x), data<float>(weights), data<int32_t>(order), data<int32_t>(offsets), data<T>(gate_up),
@@ -145,7 +146,7 @@ inline std::vector<Tensor> dense_backward(const Tensor& x, const Tensor& gate_up
   check_kind("dense_ffn", x, {&hidden, &grad_y});
   PD_CHECK(grad_y.shape() == x.shape(), "dense_ffn: the gradient of y has the shape of x");
   Tensor grad_x = like(x, x.shape()), grad_gate_up = like(x, gate_up.shape()), grad_down = like(x, down.shape());
-  Tensor work = like(x, {s.tokens, 3 * s.width});
+  Tensor work = like(x, {s.tokens, s.work_width()});
   auto run = [&](auto launcher, auto zero) {
     using T = decltype(zero);
     launcher(data<T>(x), data<T>(gate_up), data<T>(down), data<T>(hidden), data<T>(grad_y), s.tokens, s.dim, s.width,

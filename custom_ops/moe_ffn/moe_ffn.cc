@@ -25,7 +25,7 @@ struct Layer {
   Rows<T> down_of(int64_t expert) const { return {down + expert * width * dim, dim}; }
   // Whether results go past the caches: what the call touches does not fit into them.
   bool through() const {
-    constexpr int64_t kCached = 16 << 20;
+    constexpr int64_t kCached = 2 << 20;
     return experts * 3 * weight_bytes() + rows * (dim + 2 * width) * static_cast<int64_t>(sizeof(T)) > kCached;
   }
   int64_t weight_bytes() const { return dim * width * static_cast<int64_t>(sizeof(T)); }
@@ -38,7 +38,7 @@ struct Task {
 };
 
 constexpr int64_t kMaxRows = 256;  // what a task packs of x and of gradients should stay in the second-level cache
-constexpr int64_t kSplitRows = 120;
+constexpr int64_t kSplitRows = 252;
 
 // One task an expert, or several where an expert has a large share of all rows.
 template <class T>
@@ -56,15 +56,28 @@ std::vector<Task> split(const Layer<T>& layer) {
   return tasks;
 }
 
-// Runs body(task, ahead, unit) for every task; `ahead` covers the weights of the task that this thread does next, and
-// goes through them in about the time of the task, which reads its own weights `passes` times.
+// Runs body(task, ahead, unit) for every task. `ahead` covers what the task and the one after it on this thread will
+// read of their weights, in the order in which they do: a forward task begins with gate_up, a backward one with down.
 template <class T, class Body>
-void run_tasks(const Layer<T>& layer, const std::vector<Task>& tasks, int64_t passes, Body&& body) {
+void run_tasks(const Layer<T>& layer, const std::vector<Task>& tasks, bool backward, Body&& body) {
   const int64_t count = static_cast<int64_t>(tasks.size());
-  auto pace = [&](const Task& task) -> int64_t {
-    const int64_t tiles = divide_up(task.end - task.begin, kTileRows);
-    const int64_t steps = passes * tiles * 2 / static_cast<int64_t>(sizeof(T));  // for each line of the next weights
-    return steps >= 4 ? 4 : steps >= 2 ? 2 : 1;
+  auto weights_ahead = [&](const Task& task, const Task* next) {
+    Ahead ahead;
+    auto bytes = [](const T* p) { return reinterpret_cast<const char*>(p); };
+    auto gate_up = [&](int64_t expert) { return bytes(layer.gate_up_of(expert).data); };
+    auto down = [&](int64_t expert) { return bytes(layer.down_of(expert).data); };
+    const int64_t first = (backward ? 1 : 2) * layer.weight_bytes(), second = 3 * layer.weight_bytes() - first;
+    if (task.whole) {
+      ahead.at = backward ? gate_up(task.expert) : down(task.expert);
+      ahead.end = ahead.at + second;
+    }
+    if (next != nullptr && next->expert != task.expert && next->end > next->begin) {
+      ahead.then = backward ? down(next->expert) : gate_up(next->expert);
+      ahead.then_end = ahead.then + first;
+    }
+    const int64_t steps = (task.end - task.begin) / (2 * kTileRows);  // of the products, for each line of the weights
+    ahead.every = steps >= 4 ? 4 : steps >= 2 ? 2 : 1;
+    return ahead;
   };
   const int threads = static_cast<int>(std::min<int64_t>(num_threads(), count));
   if (threads == 0) return;
@@ -74,14 +87,7 @@ void run_tasks(const Layer<T>& layer, const std::vector<Task>& tasks, int64_t pa
     int64_t task = __atomic_fetch_add(&counter, 1, __ATOMIC_RELAXED);
     while (task < count) {
       const int64_t next = __atomic_fetch_add(&counter, 1, __ATOMIC_RELAXED);
-      Ahead ahead;
-      if (next < count && tasks[next].expert != tasks[task].expert && tasks[next].end > tasks[next].begin) {
-        ahead.every = pace(tasks[task]);
-        ahead.at = reinterpret_cast<const char*>(layer.gate_up_of(tasks[next].expert).data);
-        ahead.end = ahead.at + 2 * layer.weight_bytes();
-        ahead.then = reinterpret_cast<const char*>(layer.down_of(tasks[next].expert).data);
-        ahead.then_end = ahead.then + layer.weight_bytes();
-      }
+      Ahead ahead = weights_ahead(tasks[task], next < count ? &tasks[next] : nullptr);
       body(tasks[task], ahead, unit);
       task = next;
     }
@@ -189,7 +195,7 @@ void combine(const int32_t* slot, const float* weights, const T* rows, int64_t t
 
 template <class T>
 void forward(const Layer<T>& layer, T* hidden, T* out) {
-  run_tasks(layer, split(layer), 1, [&](const Task& task, Ahead& ahead, const MatrixUnit& unit) {
+  run_tasks(layer, split(layer), false, [&](const Task& task, Ahead& ahead, const MatrixUnit& unit) {
     T* kept = hidden != nullptr ? hidden + task.begin * 2 * layer.width : nullptr;
     forward_task(layer, task, ahead, unit, kept, out + task.begin * layer.dim);
   });
@@ -322,8 +328,9 @@ void backward_whole(const Layer<T>& layer, const Gradients<T>& grads, const Task
 // grad_hidden and active of split experts, in the tensor `work`.
 template <class T>
 Halfway<T> in_work(const Layer<T>& layer, const Gradients<T>& grads, int64_t first) {
-  T* active = grads.work + layer.rows * 2 * layer.width;
-  return {grads.work + first * 2 * layer.width, active + first * layer.width, 2 * layer.width, layer.width};
+  const int64_t grad_stride = spread(2 * layer.width), active_stride = spread(layer.width);
+  T* active = grads.work + layer.rows * grad_stride;
+  return {grads.work + first * grad_stride, active + first * active_stride, grad_stride, active_stride};
 }
 
 // Everything but the weights' gradients, for some rows of an expert that is split.
@@ -345,7 +352,7 @@ void backward_split_weights(const Layer<T>& layer, const Gradients<T>& grads, co
     int64_t expert, m, n;
     bool down;
   };
-  constexpr int64_t kRows = 96, kColumns = 128;
+  constexpr int64_t kRows = 256, kColumns = 256;
   const int64_t dim = layer.dim, width = layer.width;
   std::vector<Block> blocks;
   for (const Task& task : tasks) {
@@ -363,8 +370,8 @@ void backward_split_weights(const Layer<T>& layer, const Gradients<T>& grads, co
     const int64_t first = layer.begin(block.expert), count = layer.end(block.expert) - first;
     const int64_t M = block.down ? width : dim, N = block.down ? dim : 2 * width;
     Halfway<T> half = in_work(layer, grads, first);
-    Rows<T> a = block.down ? Rows<T>{half.active, width} : layer.of_tokens(layer.x, first);
-    Rows<T> b = block.down ? layer.of_tokens(grads.grad_y, first) : Rows<T>{half.grad_hidden, 2 * width};
+    Rows<T> a = block.down ? Rows<T>{half.active, half.active_stride} : layer.of_tokens(layer.x, first);
+    Rows<T> b = block.down ? layer.of_tokens(grads.grad_y, first) : Rows<T>{half.grad_hidden, half.grad_stride};
     T* out = (block.down ? grads.down : grads.gate_up) + block.expert * M * N;
     gemm_block(unit, Form::TN, a, b, block.m, std::min(M, block.m + kRows), block.n, std::min(N, block.n + kColumns),
                count, out, N);
@@ -374,7 +381,7 @@ void backward_split_weights(const Layer<T>& layer, const Gradients<T>& grads, co
 template <class T>
 void backward(const Layer<T>& layer, const Gradients<T>& grads) {
   std::vector<Task> tasks = split(layer);
-  run_tasks(layer, tasks, 2, [&](const Task& task, Ahead& ahead, const MatrixUnit& unit) {
+  run_tasks(layer, tasks, true, [&](const Task& task, Ahead& ahead, const MatrixUnit& unit) {
     task.whole ? backward_whole(layer, grads, task, ahead, unit) : backward_rows(layer, grads, task, ahead, unit);
   });
   backward_split_weights(layer, grads, tasks);

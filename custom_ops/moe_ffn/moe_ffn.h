@@ -4,7 +4,7 @@
 //   x [T,D]; weights f32 [T,K]; order int32 [R]: assignments t*K+k by expert; offsets int32 [E+1]: expert e owns
 //   order[offsets[e] .. offsets[e+1]); what lies past offsets[E] is not read. gate_up [E,D,2F], gate columns first;
 //   down [E,F,D]. y[t] = sum over k of weights[t,k] * (silu(g) * u) down[e], (g, u) = x[t] gate_up[e].
-// hidden [R,2F] keeps (g, u) for the backward; null when there will be none. rows [R,D] and work [R,3F] are scratch.
+// hidden [R,2F] keeps (g, u) for the backward; null when there will be none. rows [R,D] and work [R,3F+64] are scratch.
 // Every element of every output is written: experts without tokens get zero gradients, tokens without experts zeros.
 // Suffix _f32 or _bf16 names the type T of x, gate_up, down, y, hidden, rows, work and their gradients.
 #pragma once
@@ -24,7 +24,7 @@ extern "C" {
       const T* x, const float* weights, const int32_t* order, const int32_t* offsets, const T* gate_up, const T* down, \
       const T* hidden, const T* grad_y, int64_t tokens, int64_t top_k, int64_t dim, int64_t experts, int64_t width,    \
       T* grad_x, float* grad_weights, T* grad_gate_up, T* grad_down, T* rows, T* work);                                \
-  /* One expert for every row: x [rows,D], gate_up [D,2F], down [F,D], hidden [rows,2F], work [rows,3F]. */            \
+  /* One expert for every row: x [rows,D], gate_up [D,2F], down [F,D], hidden [rows,2F], work [rows,3F+64]. */          \
   void ernie5_dense_ffn_forward_cpu_##SUFFIX(const T* x, const T* gate_up, const T* down, int64_t rows, int64_t dim,   \
                                              int64_t width, T* y, T* hidden);                                          \
   void ernie5_dense_ffn_backward_cpu_##SUFFIX(const T* x, const T* gate_up, const T* down, const T* hidden,            \

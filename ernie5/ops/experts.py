@@ -99,7 +99,16 @@ def moe_ffn(
 
 
 def dense_ffn(x: paddle.Tensor, gate_up: paddle.Tensor, down: paddle.Tensor) -> paddle.Tensor:
-    """SwiGLU of every token, the shared expert: x [T,D], gate_up [D,2F] (gate first), down [F,D] -> [T,D]."""
-    if kernels.serves("dense_ffn", x, gate_up, down):
+    """SwiGLU of every token, the shared expert: x [T,D], gate_up [D,2F] (gate first), down [F,D] -> [T,D].
+
+    One kernel in bfloat16, which Paddle does not multiply on the CPU; in float32 Paddle's own products around ours for
+    the activation are faster than that.
+    """
+    if x.dtype == paddle.bfloat16 and kernels.serves("dense_ffn", x, gate_up, down):
         return kernels.call("dense_ffn", [x, gate_up, down])[0]
-    return paddle.matmul(F.swiglu(paddle.matmul(x, gate_up)), down)
+    return paddle.matmul(swiglu(paddle.matmul(x, gate_up)), down)
+
+
+def swiglu(hidden: paddle.Tensor) -> paddle.Tensor:
+    """silu(gate) * up of hidden [...,2F], gate first -> [...,F]."""
+    return kernels.call("swiglu", [hidden]) if kernels.serves("swiglu", hidden) else F.swiglu(hidden)

@@ -21,7 +21,8 @@ SERVED_DTYPES = {paddle.float32, paddle.bfloat16}
 INTEGER_DTYPES = {paddle.int32, paddle.int64}
 OPS = {  # op -> what the model uses it for
     "moe_ffn": "routed experts",
-    "dense_ffn": "shared expert",
+    "dense_ffn": "shared expert in bfloat16; float32 is Paddle's matmul around swiglu",
+    "swiglu": "activation of the shared expert in float32",
     "linear": "projections and heads in bfloat16; float32 is Paddle's matmul",
     "flashmask_attention": "attention under interval masks",
     "uni_rope": "rotary positions",

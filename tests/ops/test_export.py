@@ -65,7 +65,7 @@ def test_a_saved_graph_answers_as_the_layer_does(tmp_path):
     ]
     paddle.jit.save(paddle.jit.to_static(layer, input_spec=specs, full_graph=True), str(tmp_path / "reader"))
     text = (tmp_path / "reader.json").read_text(encoding="utf-8")
-    for name in ("moe_ffn", "dense_ffn", "flashmask_attention", "uni_rope", "route", "add_rms_norm", "patch_embed"):
+    for name in ("moe_ffn", "swiglu", "flashmask_attention", "uni_rope", "route", "add_rms_norm", "patch_embed"):
         assert f"{kernels.PREFIX}{name}" in text, f"{name} is not in the graph"
     config = inference.Config(str(tmp_path / "reader.json"), str(tmp_path / "reader.pdiparams"))
     config.disable_gpu()

@@ -99,7 +99,7 @@ def _run_grouped(call: Callable, case: dict, given: dict, blank: Callable) -> di
     inputs = (x, case["weights"], case["order"], case["offsets"], gate_up, down)
     sizes = (tokens, top_k, dim, experts, width)
     rows = tokens * top_k
-    y, hidden, scratch, work = blank(*x.shape), blank(rows, 2 * width), blank(rows, dim), blank(rows, 3 * width)
+    y, hidden, scratch, work = blank(*x.shape), blank(rows, 2 * width), blank(rows, dim), blank(rows, 3 * width + 64)
     call(f"ernie5_moe_ffn_forward_cpu_{kind}", *inputs, *sizes, y, hidden, scratch)
     grads = {
         "grad_x": blank(*x.shape),
@@ -117,7 +117,7 @@ def _run_grouped(call: Callable, case: dict, given: dict, blank: Callable) -> di
 def _run_dense(call: Callable, kind: str, given: dict, blank: Callable) -> dict[str, np.ndarray]:
     x, gate_up, down, grad_y = given.values()
     weights, sizes = (gate_up[0], down[0]), (*x.shape, down.shape[1])
-    y, hidden, work = blank(*x.shape), blank(len(x), 2 * sizes[2]), blank(len(x), 3 * sizes[2])
+    y, hidden, work = blank(*x.shape), blank(len(x), 2 * sizes[2]), blank(len(x), 3 * sizes[2] + 64)
     call(f"ernie5_dense_ffn_forward_cpu_{kind}", x, *weights, *sizes, y, hidden)
     grads = {
         "dense_grad_x": blank(*x.shape),
