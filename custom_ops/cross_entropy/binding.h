@@ -24,8 +24,9 @@ inline const uint16_t* bits(const Tensor& t) {
   return reinterpret_cast<const uint16_t*>(t.data<phi::dtype::bfloat16>());
 }
 
-// logits [N, V], labels int64 [N] -> loss, lse float32 [N].
-inline std::vector<Tensor> forward(const Tensor& logits, const Tensor& labels) {
+// logits [N, V], labels int64 [N] -> loss, lse float32 [N]. `consume`: the backward pass puts the gradient where the
+// logits are, which nobody may use after it.
+inline std::vector<Tensor> forward(const Tensor& logits, const Tensor& labels, bool /*consume*/) {
   check(logits, labels);
   const int64_t rows = logits.shape()[0], classes = logits.shape()[1];
   const int64_t* label = labels.data<int64_t>();
@@ -45,10 +46,10 @@ inline std::vector<Tensor> forward(const Tensor& logits, const Tensor& labels) {
 }
 
 inline std::vector<Tensor> backward(const Tensor& logits, const Tensor& labels, const Tensor& lse,
-                                    const Tensor& grad_loss) {
+                                    const Tensor& grad_loss, bool consume) {
   PD_CHECK(grad_loss.initialized(), "cross_entropy: lse has no gradient, only the loss has");
   const int64_t rows = logits.shape()[0], classes = logits.shape()[1];
-  Tensor grad = paddle::empty_like(logits);
+  Tensor grad = consume ? logits : paddle::empty_like(logits);
   if (logits.dtype() == DataType::FLOAT32) {
     ernie5_cross_entropy_backward_cpu_f32(logits.data<float>(), labels.data<int64_t>(), lse.data<float>(),
                                           grad_loss.data<float>(), rows, classes, grad.data<float>());
@@ -59,8 +60,8 @@ inline std::vector<Tensor> backward(const Tensor& logits, const Tensor& labels, 
   return {grad};
 }
 
-inline std::vector<Shape> shapes(const Shape& logits, const Shape&) { return {{logits[0]}, {logits[0]}}; }
-inline std::vector<DataType> dtypes(const DataType&, const DataType&) {
+inline std::vector<Shape> shapes(const Shape& logits, const Shape&, bool) { return {{logits[0]}, {logits[0]}}; }
+inline std::vector<DataType> dtypes(const DataType&, const DataType&, bool) {
   return {DataType::FLOAT32, DataType::FLOAT32};
 }
 
@@ -70,6 +71,7 @@ inline std::vector<DataType> dtypes(const DataType&, const DataType&) {
 PD_BUILD_OP(ernie5_cross_entropy)
     .Inputs({"logits", "labels"})
     .Outputs({"loss", "lse"})
+    .Attrs({"consume: bool"})
     .SetKernelFn(PD_KERNEL(ernie5::cross_entropy_binding::forward))
     .SetInferShapeFn(PD_INFER_SHAPE(ernie5::cross_entropy_binding::shapes))
     .SetInferDtypeFn(PD_INFER_DTYPE(ernie5::cross_entropy_binding::dtypes));
@@ -77,4 +79,5 @@ PD_BUILD_OP(ernie5_cross_entropy)
 PD_BUILD_GRAD_OP(ernie5_cross_entropy)
     .Inputs({"logits", "labels", "lse", paddle::Grad("loss")})
     .Outputs({paddle::Grad("logits")})
+    .Attrs({"consume: bool"})
     .SetKernelFn(PD_KERNEL(ernie5::cross_entropy_binding::backward));

@@ -21,8 +21,8 @@ def weighted_mean(values: paddle.Tensor, weights: paddle.Tensor) -> paddle.Tenso
 
 
 def token_loss(logits: paddle.Tensor, labels: paddle.Tensor) -> paddle.Tensor:
-    """Cross entropy of each row: logits [N,V], labels [N] -> [N]."""
-    return cross_entropy(logits, labels)
+    """Cross entropy of each row: logits [N,V], labels [N] -> [N]. The logits are lost in the backward pass."""
+    return cross_entropy(logits, labels, consume=True)
 
 
 def bit_loss(logits: paddle.Tensor, labels: paddle.Tensor) -> paddle.Tensor:
