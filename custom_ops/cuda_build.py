@@ -6,7 +6,6 @@ python custom_ops/cuda_build.py OUT_DIR [ARCHITECTURE]
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -14,10 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SOURCES = Path(__file__).resolve().parent
+sys.path.insert(0, str(SOURCES.parent))
+
+from ernie5.ops import nvcc  # noqa: E402
+
 LIBRARY = "ernie5_cuda_kernels.so"
 ARCHITECTURE = "90a"  # Hopper with its own instructions; from 80 (Ampere) on the kernels compile
 MOST_JOBS = 2
-FLAGS = ("-std=c++17", "-O3", "-Xcompiler", "-fPIC,-Wall,-Wextra", "--Werror", "cross-execution-space-call")
 
 
 class CudaBuildError(RuntimeError):
@@ -31,25 +33,20 @@ class Compiled:
     messages: str  # warnings; empty where there are none
 
 
-def compiler() -> str | None:
-    """Path of nvcc (``NVCC`` if set), or None."""
-    return shutil.which(os.environ.get("NVCC") or "nvcc")
-
-
 def sources() -> list[Path]:
     return sorted(SOURCES.glob("*/*.cu"))
 
 
 def compile_objects(out_dir: Path, arch: str = ARCHITECTURE) -> list[Compiled]:
     """Every .cu file, at most two at a time. Raises CudaBuildError with what nvcc said of the first that fails."""
-    nvcc = compiler()
-    if nvcc is None:
+    program = nvcc.compiler()
+    if program is None:
         raise CudaBuildError("no CUDA compiler (nvcc is not on the PATH; set NVCC, or install the CUDA toolkit)")
+    flags = (*nvcc.FLAGS, *nvcc.target_flags((arch,)), f"-I{SOURCES}")
 
     def compile_one(source: Path) -> Compiled:
         output = out_dir / f"{source.stem}.o"
-        target = f"arch=compute_{arch},code=sm_{arch}"
-        command = [nvcc, *FLAGS, "-gencode", target, f"-I{SOURCES}", "-c", str(source), "-o", str(output)]
+        command = [program, *flags, "-c", str(source), "-o", str(output)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         messages = (done.stdout + done.stderr).strip()
         if done.returncode:
@@ -63,9 +60,9 @@ def compile_objects(out_dir: Path, arch: str = ARCHITECTURE) -> list[Compiled]:
 
 def link(objects: list[Compiled], library: Path) -> Path:
     """One shared library of ``objects``; the toolkit's runtime is found by the folder written into it."""
-    folders = [f"-Xlinker=-rpath,{folder}" for folder in _runtime_folders()]
+    folders = [f"-Xlinker=-rpath,{folder}" for folder in nvcc.runtime_folders()]
     # The shared runtime, so that a process that has one already does not get a second.
-    command = [compiler(), "-shared", "-cudart", "shared", *(str(o.object) for o in objects), *folders, "-ldl"]
+    command = [nvcc.compiler(), "-shared", "-cudart", "shared", *(str(o.object) for o in objects), *folders, "-ldl"]
     done = subprocess.run([*command, "-o", str(library)], capture_output=True, text=True, check=False)
     if done.returncode:
         raise CudaBuildError(f"linking the CUDA kernels failed:\n{(done.stdout + done.stderr).strip()}")
@@ -79,17 +76,6 @@ def compile_cuda(out_dir: Path, arch: str = ARCHITECTURE) -> Path:
         if compiled.messages:
             print(compiled.messages, file=sys.stderr)
     return link(objects, out_dir / LIBRARY)
-
-
-def _runtime_folders() -> list[Path]:
-    """Where nvcc's own toolkit keeps libcudart (nvcc may be a link or a script, so it is asked)."""
-    command = [compiler(), "--dryrun", "-x", "cu", os.devnull, "-c", "-o", os.devnull]
-    said = subprocess.run(command, capture_output=True, text=True, check=False).stderr
-    here = next((line.split("=", 1)[1] for line in said.splitlines() if line.startswith("#$ _HERE_=")), None)
-    if here is None:
-        return []
-    folders = (Path(here).parent / name for name in ("lib64", "lib", "targets/x86_64-linux/lib"))
-    return [folder for folder in folders if folder.is_dir()]
 
 
 if __name__ == "__main__":

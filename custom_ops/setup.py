@@ -3,7 +3,9 @@
     python custom_ops/setup.py install
 
 Without it they are compiled at first use into a cache; installing serves machines without a compiler at run time.
-The library fits these sources, this Paddle and this processor; where one of them differs, it is not loaded.
+The library fits these sources, this Paddle and this processor; where one of them differs, it is not loaded. Where
+Paddle is a CUDA build, nvcc compiles the CUDA kernels into it, for the GPUs of this machine or for those that
+PADDLE_CUDA_ARCH_LIST names ("8.0 9.0").
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ from setuptools.dist import Distribution
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from ernie5.ops.build import INSTALLED, KEY_FILE, LIBRARY, BuildError, compile_library, source_key  # noqa: E402
+from ernie5.ops import build  # noqa: E402
+from ernie5.ops.build import INSTALLED, KEY_FILE, LIBRARY  # noqa: E402
 
 
 class BuildKernels(build_py):
@@ -30,12 +33,16 @@ class BuildKernels(build_py):
     def run(self) -> None:
         folder = Path(self.build_lib) / INSTALLED
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory() as scratch:
-            try:
-                compile_library(folder / LIBRARY, Path(scratch))
-            except BuildError as error:
-                sys.exit(f"setup: {error}")
-        (folder / KEY_FILE).write_text(source_key() + "\n", encoding="utf-8")
+        try:
+            architectures, problem = build.cuda_targets()
+            if problem:
+                print(build.cuda_note(problem), file=sys.stderr)
+                architectures = ()
+            with tempfile.TemporaryDirectory() as scratch:
+                build.compile_library(folder / LIBRARY, Path(scratch), architectures)
+        except (build.BuildError, ValueError) as error:
+            sys.exit(f"setup: {error}")
+        (folder / KEY_FILE).write_text(build.source_key(architectures) + "\n", encoding="utf-8")
         (folder / "__init__.py").write_text('"""Compiled kernels; loaded by ernie5.ops.kernels."""\n', encoding="utf-8")
 
     def get_outputs(self, include_bytecode: bool = True) -> list[str]:
@@ -55,7 +62,7 @@ if __name__ == "__main__":
         setup(
             name="ernie5-kernels",
             version="0.1.0",
-            description="CPU kernels of ernie5",
+            description="Kernels of ernie5",
             packages=[INSTALLED],
             package_dir={INSTALLED: work},
             cmdclass={"build_py": BuildKernels},

@@ -16,17 +16,18 @@ import json
 import os
 import platform
 import re
-import shutil
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import ModuleType
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import ernie5  # noqa: E402  (before paddle: it sets the environment)
+from ernie5.ops import build, nvcc  # noqa: E402
 
 INSTALL = "tools/setup.sh"
 INSTALL_DATA = "pip install --no-deps -r requirements-data.txt"
@@ -87,11 +88,15 @@ def check_machine() -> Iterator[Check]:
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         gib = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
         yield Check("machine", "memory", "info", f"{gib:.1f} GiB")
-    for tool, use, mend in (
-        ("g++", "compiles the kernels; without it every op runs its slower reference", "apt-get install g++"),
-        ("nvcc", "compiles the CUDA kernels", ""),
+    for tool, path, use, mend in (
+        (
+            "g++",
+            build.compiler(),
+            "compiles the kernels; without it every op runs its reference",
+            "apt-get install g++",
+        ),
+        ("nvcc", nvcc.compiler(), "compiles the CUDA kernels, where there is a GPU", ""),
     ):
-        path = shutil.which(tool)
         yield Check("machine", tool, "OK" if path else "missing", path or f"optional: {use}", mend="" if path else mend)
 
 
@@ -145,11 +150,25 @@ def check_kernels(paddle: object) -> Iterator[Check]:
     """Which kernel serves each op here, and why. Compiles ours if that has not been done yet."""
     from ernie5.ops import kernels
 
+    yield check_cuda_kernels(kernels)
     for name, used_for in kernels.OPS.items():
         kernel, why = kernels.serving(name)
         compiled = kernel != "reference"
-        mend = "" if compiled or kernels.chosen_reference() else "apt-get install g++, or set CXX to a C++17 compiler"
+        lost = not kernels.library().names and not kernels.chosen_reference()
+        mend = "apt-get install g++, or set CXX to a C++17 compiler" if lost else ""
         yield Check("kernels", name, "OK" if compiled else "info", f"{kernel}: {why} ({used_for})", mend=mend)
+
+
+def check_cuda_kernels(kernels: ModuleType) -> Check:
+    """Whether the library has CUDA kernels, for which GPUs, or why not."""
+    if kernels.targets():
+        found = f"compiled for {kernels.targets()}; nobody has run them on a GPU yet"
+        return Check("kernels", "CUDA", "OK", found)
+    problem = kernels.library().cuda_problem
+    if problem:
+        return Check("kernels", "CUDA", "missing", f"optional: {problem}", mend="see the README's section on GPUs")
+    why = "Paddle has no CUDA" if not build.paddle_cuda() else "no GPU in this machine"
+    return Check("kernels", "CUDA", "info", kernels.library().problem or f"not needed: {why}")
 
 
 def package_folder(name: str) -> Path | None:

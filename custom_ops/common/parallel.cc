@@ -18,6 +18,7 @@ struct Team {
   Push push = nullptr;
   Number max_threads = nullptr;
   Number in_parallel = nullptr;
+  Number region_threads = nullptr;
   Global global_thread = nullptr;
 
   Team() {
@@ -26,8 +27,10 @@ struct Team {
     push = reinterpret_cast<Push>(dlsym(library, "__kmpc_push_num_threads"));
     max_threads = reinterpret_cast<Number>(dlsym(library, "omp_get_max_threads"));
     in_parallel = reinterpret_cast<Number>(dlsym(library, "omp_in_parallel"));
+    region_threads = reinterpret_cast<Number>(dlsym(library, "omp_get_num_threads"));
     global_thread = reinterpret_cast<Global>(dlsym(library, "__kmpc_global_thread_num"));
-    if (push != nullptr && max_threads != nullptr && in_parallel != nullptr && global_thread != nullptr) {
+    if (push != nullptr && max_threads != nullptr && in_parallel != nullptr && region_threads != nullptr &&
+        global_thread != nullptr) {
       fork = reinterpret_cast<Fork>(dlsym(library, "__kmpc_fork_call"));
     }
   }
@@ -68,6 +71,8 @@ int num_threads() {
   int cores = static_cast<int>(std::thread::hardware_concurrency());
   return cores > 0 ? cores : 1;
 }
+
+int granted_threads(int asked) { return asked > 1 && team().fork != nullptr ? team().region_threads() : asked; }
 
 void set_num_threads(int count) { fixed_threads = count; }
 

@@ -12,6 +12,10 @@ namespace ernie5 {
 // Threads that parallel_for uses: what set_num_threads fixed, else what Paddle's OpenMP team has, else every core.
 int num_threads();
 
+// To be called inside on_threads(asked, ...): the threads that really stand in it. The runtime may grant fewer than were
+// asked for, and a barrier that waits for the missing ones would wait for ever.
+int granted_threads(int asked);
+
 // Fixes the number of threads; 0 follows Paddle's setting again.
 void set_num_threads(int count);
 

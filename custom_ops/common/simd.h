@@ -148,37 +148,12 @@ __attribute__((always_inline)) inline void store_some(T* p, f32x16 v, int count)
   count == 16 ? store(p, v) : store_part(p, v, count);
 }
 
-// e^x with a relative error below 2e-7 over [-87, 88]; smaller arguments give 0, larger are cut to e^88.
-inline f32x16 exp(f32x16 x) {
-  const f32x16 low = splat(-87.0f);
-  i32x16 live = x >= low;
-  x = minimum(maximum(x, low), splat(88.0f));
-  f32x16 scaled = x * 1.44269504088896341f;
+// e^x = fraction * 2^whole with a whole number and a fraction around [0.7, 1.42]; |x| below a few hundred.
+struct SplitPower {
+  f32x16 fraction, whole;
+};
+__attribute__((always_inline)) inline SplitPower split_exp(f32x16 x) {
   // Round to nearest by adding and taking away 1.5 * 2^23; volatile-free because -ffast-math is never used here.
-  const f32x16 magic = splat(12582912.0f);
-  f32x16 whole = (scaled + magic) - magic;
-  f32x16 r = x - whole * 0.693359375f;
-  r = r - whole * -2.12194440e-4f;
-  f32x16 p = splat(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  i32x16 exponent = (__builtin_convertvector(whole, i32x16) + 127) << 23;
-  f32x16 power;
-  std::memcpy(&power, &exponent, sizeof power);
-  f32x16 result = p * power;
-  return live ? result : splat(0.0f);
-}
-
-// As exp, for where a NaN must stay one; two thirds of its instructions on AVX-512.
-inline f32x16 exp_or_nan(f32x16 x) {
-#if defined(__AVX512F__)
-  const f32x16 low = splat(-200.0f), high = splat(88.0f);  // e^-200 is 0; a NaN passes comparisons in this order
-  x = low > x ? low : x;
-  x = high < x ? high : x;
   const f32x16 magic = splat(12582912.0f);
   f32x16 whole = (x * 1.44269504088896341f + magic) - magic;
   f32x16 r = x - whole * 0.693359375f;
@@ -189,10 +164,31 @@ inline f32x16 exp_or_nan(f32x16 x) {
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  __m512 power = _mm512_maskz_scalef_ps(0xffff, reinterpret_cast<const __m512&>(p),
-                                        reinterpret_cast<const __m512&>(whole));
-  return reinterpret_cast<const f32x16&>(power);
+  return {p * r * r + r + 1.0f, whole};
+}
+
+// e^x with a relative error below 2e-7 over [-87, 88]; smaller arguments give 0, larger are cut to e^88.
+inline f32x16 exp(f32x16 x) {
+  const f32x16 low = splat(-87.0f);
+  i32x16 live = x >= low;
+  SplitPower power = split_exp(minimum(maximum(x, low), splat(88.0f)));
+  i32x16 exponent = (__builtin_convertvector(power.whole, i32x16) + 127) << 23;
+  f32x16 scale;
+  std::memcpy(&scale, &exponent, sizeof scale);
+  f32x16 result = power.fraction * scale;
+  return live ? result : splat(0.0f);
+}
+
+// As exp, for where a NaN must stay one; two thirds of its instructions on AVX-512.
+inline f32x16 exp_or_nan(f32x16 x) {
+#if defined(__AVX512F__)
+  const f32x16 low = splat(-200.0f), high = splat(88.0f);  // e^-200 is 0; a NaN passes comparisons in this order
+  x = low > x ? low : x;
+  x = high < x ? high : x;
+  SplitPower power = split_exp(x);
+  __m512 scaled = _mm512_maskz_scalef_ps(0xffff, reinterpret_cast<const __m512&>(power.fraction),
+                                         reinterpret_cast<const __m512&>(power.whole));
+  return reinterpret_cast<const f32x16&>(scaled);
 #else
   f32x16 power = exp(x);
   return x == x ? power : x;

@@ -1,12 +1,16 @@
 // Paddle operator of the cross entropy.
 #pragma once
 
+#include "common/binding.h"
 #include "cross_entropy/cross_entropy.h"
-#include "paddle/extension.h"
+#ifdef PADDLE_WITH_CUDA
+#include "cross_entropy/cross_entropy_cuda.h"
+#endif
 
 namespace ernie5 {
 namespace cross_entropy_binding {
 
+using binding::data;
 using paddle::DataType;
 using paddle::Tensor;
 using Shape = std::vector<int64_t>;
@@ -14,34 +18,41 @@ using Shape = std::vector<int64_t>;
 inline void check(const Tensor& logits, const Tensor& labels) {
   PD_CHECK(logits.dtype() == DataType::FLOAT32 || logits.dtype() == DataType::BFLOAT16,
            "cross_entropy: logits must be float32 or bfloat16");
-  PD_CHECK(logits.is_cpu() && labels.is_cpu(), "cross_entropy: the tensors must lie on the CPU");
+  binding::check_place("cross_entropy", logits, {&labels});
   PD_CHECK(logits.shape().size() == 2 && labels.dtype() == DataType::INT64 && labels.numel() == logits.shape()[0],
            "cross_entropy: logits must be [N, V], labels int64 [N]");
 }
 
-inline uint16_t* bits(Tensor& t) { return reinterpret_cast<uint16_t*>(t.data<phi::dtype::bfloat16>()); }
-inline const uint16_t* bits(const Tensor& t) {
-  return reinterpret_cast<const uint16_t*>(t.data<phi::dtype::bfloat16>());
-}
-
-// logits [N, V], labels int64 [N] -> loss, lse float32 [N]. `consume`: the backward pass puts the gradient where the
-// logits are, which nobody may use after it.
-inline std::vector<Tensor> forward(const Tensor& logits, const Tensor& labels, bool /*consume*/) {
-  check(logits, labels);
-  const int64_t rows = logits.shape()[0], classes = logits.shape()[1];
-  const int64_t* label = labels.data<int64_t>();
-  for (int64_t r = 0; r < rows; ++r) {
+inline void check_labels(const Tensor& labels, int64_t classes) {
+  const int64_t* label = data<int64_t>(labels);
+  for (int64_t r = 0; r < labels.numel(); ++r) {
     PD_CHECK(label[r] == -100 || (label[r] >= 0 && label[r] < classes), "cross_entropy: label ", label[r], " of row ",
              r, " is neither -100 nor in [0, ", classes, ")");
   }
+}
+
+// logits [N, V], labels int64 [N] -> loss, lse float32 [N]. On the GPU a label outside [0, V) gives NaN: to read the
+// labels here would be to wait for them. `consume`: the backward pass puts the gradient where the logits are, which
+// nobody may use after it.
+inline std::vector<Tensor> forward(const Tensor& logits, const Tensor& labels, bool /*consume*/) {
+  check(logits, labels);
+  const int64_t rows = logits.shape()[0], classes = logits.shape()[1];
   Tensor loss = paddle::empty({rows}, DataType::FLOAT32, logits.place());
   Tensor lse = paddle::empty({rows}, DataType::FLOAT32, logits.place());
-  if (logits.dtype() == DataType::FLOAT32) {
-    ernie5_cross_entropy_forward_cpu_f32(logits.data<float>(), label, rows, classes, loss.data<float>(),
-                                         lse.data<float>());
-  } else {
-    ernie5_cross_entropy_forward_cpu_bf16(bits(logits), label, rows, classes, loss.data<float>(), lse.data<float>());
+  auto run = [&](auto zero, auto launcher, auto... more) {
+    using T = decltype(zero);
+    return launcher(data<T>(logits), data<int64_t>(labels), rows, classes, data<float>(loss), data<float>(lse),
+                    more...);
+  };
+#ifdef PADDLE_WITH_CUDA
+  if (logits.is_gpu()) {
+    binding::launch("cross_entropy", logits, run, ernie5_cross_entropy_forward_cuda_f32,
+                    ernie5_cross_entropy_forward_cuda_bf16);
+    return {loss, lse};
   }
+#endif
+  check_labels(labels, classes);
+  binding::by_type(logits, run, ernie5_cross_entropy_forward_cpu_f32, ernie5_cross_entropy_forward_cpu_bf16);
   return {loss, lse};
 }
 
@@ -50,13 +61,19 @@ inline std::vector<Tensor> backward(const Tensor& logits, const Tensor& labels, 
   PD_CHECK(grad_loss.initialized(), "cross_entropy: lse has no gradient, only the loss has");
   const int64_t rows = logits.shape()[0], classes = logits.shape()[1];
   Tensor grad = consume ? logits : paddle::empty_like(logits);
-  if (logits.dtype() == DataType::FLOAT32) {
-    ernie5_cross_entropy_backward_cpu_f32(logits.data<float>(), labels.data<int64_t>(), lse.data<float>(),
-                                          grad_loss.data<float>(), rows, classes, grad.data<float>());
-  } else {
-    ernie5_cross_entropy_backward_cpu_bf16(bits(logits), labels.data<int64_t>(), lse.data<float>(),
-                                           grad_loss.data<float>(), rows, classes, bits(grad));
+  auto run = [&](auto zero, auto launcher, auto... more) {
+    using T = decltype(zero);
+    return launcher(data<T>(logits), data<int64_t>(labels), data<float>(lse), data<float>(grad_loss), rows, classes,
+                    data<T>(grad), more...);
+  };
+#ifdef PADDLE_WITH_CUDA
+  if (logits.is_gpu()) {
+    binding::launch("cross_entropy", logits, run, ernie5_cross_entropy_backward_cuda_f32,
+                    ernie5_cross_entropy_backward_cuda_bf16);
+    return {grad};
   }
+#endif
+  binding::by_type(logits, run, ernie5_cross_entropy_backward_cpu_f32, ernie5_cross_entropy_backward_cpu_bf16);
   return {grad};
 }
 

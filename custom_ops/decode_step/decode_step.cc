@@ -1,6 +1,5 @@
 #include "decode_step/decode_step.h"
 
-#include <dlfcn.h>
 #include <sched.h>
 
 #include <algorithm>
@@ -26,18 +25,6 @@ int64_t padded(int64_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // The team
-
-// Threads that really stand in the running parallel region: the runtime may grant fewer than were asked for, and a
-// barrier that waits for the missing ones would wait for ever.
-int granted_threads(int asked) {
-  using Number = int (*)();
-  static const Number count = [] {
-    void* library = dlopen("libiomp5.so", RTLD_NOW | RTLD_NOLOAD);
-    bool used = library != nullptr && dlsym(library, "__kmpc_fork_call") != nullptr;
-    return used ? reinterpret_cast<Number>(dlsym(library, "omp_get_num_threads")) : nullptr;
-  }();
-  return asked > 1 && count != nullptr ? count() : asked;
-}
 
 inline void pause() {
 #if defined(__x86_64__)

@@ -8,34 +8,29 @@
 
 #include <vector>
 
+#include "common/binding.h"
 #include "moe_ffn/moe_ffn.h"
-#include "paddle/extension.h"
+#ifdef PADDLE_WITH_CUDA
+#include "moe_ffn/moe_ffn_cuda.h"
+#endif
 
 namespace ernie5 {
 namespace moe_ffn_binding {
 
+using binding::data;
 using paddle::DataType;
 using paddle::Tensor;
 using Shape = std::vector<int64_t>;
 
 inline void check_kind(const char* op, const Tensor& x, std::initializer_list<const Tensor*> others) {
-  PD_CHECK(x.is_cpu(), op, " takes tensors on the CPU");
+  binding::check_place(op, x, others);
   PD_CHECK(x.dtype() == DataType::FLOAT32 || x.dtype() == DataType::BFLOAT16, op, " takes float32 or bfloat16");
   for (const Tensor* other : others) {
-    PD_CHECK(other->is_cpu() && other->dtype() == x.dtype(), op, ": x, gate_up and down share a type, on the CPU");
+    PD_CHECK(other->dtype() == x.dtype(), op, ": x, gate_up and down share a type");
   }
 }
 
 inline Tensor like(const Tensor& x, const Shape& shape) { return paddle::empty(shape, x.dtype(), x.place()); }
-
-template <class T>
-const T* data(const Tensor& tensor) {
-  return reinterpret_cast<const T*>(tensor.data());
-}
-template <class T>
-T* data(Tensor& tensor) {
-  return reinterpret_cast<T*>(tensor.data());
-}
 
 // -------------------------------------------------------------------------------------------------- grouped experts
 
@@ -45,7 +40,7 @@ struct Sizes {
   int64_t work_width() const { return 3 * width + 64; }
 };
 
-// The kernels index memory with these values.
+// The kernels index memory with these values. (On the GPU the launchers check the offsets, and trust the order.)
 inline void check_routing(const Tensor& order, const Tensor& offsets, const Sizes& sizes) {
   const int32_t* bounds = offsets.data<int32_t>();
   PD_CHECK(bounds[0] == 0 && bounds[sizes.experts] <= sizes.rows(), "moe_ffn: offsets run from 0 to at most T*K");
@@ -68,21 +63,44 @@ inline Sizes sizes_of(const Tensor& x, const Tensor& weights, const Tensor& orde
   PD_CHECK(order.dtype() == DataType::INT32 && order.numel() == sizes.rows(), "moe_ffn: order is int32 [T*K]");
   PD_CHECK(offsets.dtype() == DataType::INT32 && offsets.numel() == sizes.experts + 1,
            "moe_ffn: offsets are int32 [E+1]");
-  check_routing(order, offsets, sizes);
+  binding::check_place("moe_ffn", x, {&weights, &order, &offsets});
+  if (x.is_cpu()) check_routing(order, offsets, sizes);
   return sizes;
 }
+
+#ifdef PADDLE_WITH_CUDA
+// The offsets in host memory, for the shapes of cuBLAS's products; waits for the stream.
+inline std::vector<int32_t> host_offsets(const Tensor& offsets, int64_t experts) {
+  std::vector<int32_t> host(static_cast<size_t>(experts) + 1);
+  binding::check_code("moe_ffn", ernie5_moe_ffn_host_offsets_cuda(data<int32_t>(offsets), experts, host.data(),
+                                                                  offsets.stream()));
+  return host;
+}
+#endif
 
 inline std::vector<Tensor> forward(const Tensor& x, const Tensor& weights, const Tensor& order, const Tensor& offsets,
                                    const Tensor& gate_up, const Tensor& down) {
   const Sizes s = sizes_of(x, weights, order, offsets, gate_up, down);
   Tensor y = like(x, {s.tokens, s.dim}), hidden = like(x, {s.rows(), 2 * s.width}), rows = like(x, {s.rows(), s.dim});
-  auto run = [&](auto launcher, auto zero) {
+  auto run = [&](auto zero, auto launcher, auto... more) {
     using T = decltype(zero);
-    launcher(data<T>(x), data<float>(weights), data<int32_t>(order), data<int32_t>(offsets), data<T>(gate_up),
-             data<T>(down), s.tokens, s.top_k, s.dim, s.experts, s.width, data<T>(y), data<T>(hidden), data<T>(rows));
+    return launcher(data<T>(x), data<float>(weights), data<int32_t>(order), data<int32_t>(offsets), data<T>(gate_up),
+                    data<T>(down), s.tokens, s.top_k, s.dim, s.experts, s.width, data<T>(y), data<T>(hidden),
+                    data<T>(rows), more...);
   };
-  x.dtype() == DataType::FLOAT32 ? run(ernie5_moe_ffn_forward_cpu_f32, float{})
-                                 : run(ernie5_moe_ffn_forward_cpu_bf16, bf16{});
+#ifdef PADDLE_WITH_CUDA
+  if (x.is_gpu()) {
+    auto bytes = [&](auto /*zero*/, auto of) { return of(s.tokens, s.top_k, s.dim, s.experts, s.width, 1); };
+    Tensor space = binding::workspace(binding::by_type(x, bytes, ernie5_moe_ffn_forward_cuda_workspace_bytes_f32,
+                                                       ernie5_moe_ffn_forward_cuda_workspace_bytes_bf16),
+                                      x);
+    const std::vector<int32_t> host = host_offsets(offsets, s.experts);
+    binding::launch("moe_ffn", x, run, ernie5_moe_ffn_forward_cuda_f32, ernie5_moe_ffn_forward_cuda_bf16, host.data(),
+                    space.data());
+    return {y, hidden};
+  }
+#endif
+  binding::by_type<bf16>(x, run, ernie5_moe_ffn_forward_cpu_f32, ernie5_moe_ffn_forward_cpu_bf16);
   return {y, hidden};
 }
 
@@ -95,16 +113,28 @@ inline std::vector<Tensor> backward(const Tensor& x, const Tensor& weights, cons
   Tensor grad_x = like(x, x.shape()), grad_weights = like(weights, weights.shape());
   Tensor grad_gate_up = like(x, gate_up.shape()), grad_down = like(x, down.shape());
   Tensor rows = like(x, {s.rows(), s.dim}), work = like(x, {s.rows(), s.work_width()});
-  auto run = [&](auto launcher, auto zero) {
+  auto run = [&](auto zero, auto launcher, auto... more) {
     using T = decltype(zero);
-    launcher(data<T>(x), data<float>(weights), data<int32_t>(order), data<int32_t>(offsets), data<T>(gate_up),
-             data<T>(down), data<T>(hidden), data<T>(grad_y), s.tokens, s.top_k, s.dim, s.experts, s.width,
-             data<T>(grad_x), data<float>(grad_weights), data<T>(grad_gate_up), data<T>(grad_down), data<T>(rows),
-             data<T>(work));
+    return launcher(data<T>(x), data<float>(weights), data<int32_t>(order), data<int32_t>(offsets), data<T>(gate_up),
+                    data<T>(down), data<T>(hidden), data<T>(grad_y), s.tokens, s.top_k, s.dim, s.experts, s.width,
+                    data<T>(grad_x), data<float>(grad_weights), data<T>(grad_gate_up), data<T>(grad_down),
+                    data<T>(rows), data<T>(work), more...);
   };
-  x.dtype() == DataType::FLOAT32 ? run(ernie5_moe_ffn_backward_cpu_f32, float{})
-                                 : run(ernie5_moe_ffn_backward_cpu_bf16, bf16{});
-  return {grad_x, grad_weights, grad_gate_up, grad_down};
+  const std::vector<Tensor> grads{grad_x, grad_weights, grad_gate_up, grad_down};
+#ifdef PADDLE_WITH_CUDA
+  if (x.is_gpu()) {
+    auto bytes = [&](auto /*zero*/, auto of) { return of(s.tokens, s.top_k, s.dim, s.experts, s.width); };
+    Tensor space = binding::workspace(binding::by_type(x, bytes, ernie5_moe_ffn_backward_cuda_workspace_bytes_f32,
+                                                       ernie5_moe_ffn_backward_cuda_workspace_bytes_bf16),
+                                      x);
+    const std::vector<int32_t> host = host_offsets(offsets, s.experts);
+    binding::launch("moe_ffn", x, run, ernie5_moe_ffn_backward_cuda_f32, ernie5_moe_ffn_backward_cuda_bf16,
+                    host.data(), space.data());
+    return grads;
+  }
+#endif
+  binding::by_type<bf16>(x, run, ernie5_moe_ffn_backward_cpu_f32, ernie5_moe_ffn_backward_cpu_bf16);
+  return grads;
 }
 
 inline std::vector<Shape> infer_shape(const Shape& x, const Shape& weights, const Shape& /*order*/,
@@ -131,12 +161,23 @@ inline Sizes dense_sizes_of(const Tensor& x, const Tensor& gate_up, const Tensor
 inline std::vector<Tensor> dense_forward(const Tensor& x, const Tensor& gate_up, const Tensor& down) {
   const Sizes s = dense_sizes_of(x, gate_up, down);
   Tensor y = like(x, x.shape()), hidden = like(x, {s.tokens, 2 * s.width});
-  auto run = [&](auto launcher, auto zero) {
+  auto run = [&](auto zero, auto launcher, auto... more) {
     using T = decltype(zero);
-    launcher(data<T>(x), data<T>(gate_up), data<T>(down), s.tokens, s.dim, s.width, data<T>(y), data<T>(hidden));
+    return launcher(data<T>(x), data<T>(gate_up), data<T>(down), s.tokens, s.dim, s.width, data<T>(y),
+                    data<T>(hidden), more...);
   };
-  x.dtype() == DataType::FLOAT32 ? run(ernie5_dense_ffn_forward_cpu_f32, float{})
-                                 : run(ernie5_dense_ffn_forward_cpu_bf16, bf16{});
+#ifdef PADDLE_WITH_CUDA
+  if (x.is_gpu()) {
+    auto bytes = [&](auto /*zero*/, auto of) { return of(s.tokens, s.width, 1); };
+    Tensor space = binding::workspace(binding::by_type(x, bytes, ernie5_dense_ffn_forward_cuda_workspace_bytes_f32,
+                                                       ernie5_dense_ffn_forward_cuda_workspace_bytes_bf16),
+                                      x);
+    binding::launch("dense_ffn", x, run, ernie5_dense_ffn_forward_cuda_f32, ernie5_dense_ffn_forward_cuda_bf16,
+                    space.data());
+    return {y, hidden};
+  }
+#endif
+  binding::by_type<bf16>(x, run, ernie5_dense_ffn_forward_cpu_f32, ernie5_dense_ffn_forward_cpu_bf16);
   return {y, hidden};
 }
 
@@ -147,13 +188,20 @@ inline std::vector<Tensor> dense_backward(const Tensor& x, const Tensor& gate_up
   PD_CHECK(grad_y.shape() == x.shape(), "dense_ffn: the gradient of y has the shape of x");
   Tensor grad_x = like(x, x.shape()), grad_gate_up = like(x, gate_up.shape()), grad_down = like(x, down.shape());
   Tensor work = like(x, {s.tokens, s.work_width()});
-  auto run = [&](auto launcher, auto zero) {
+  auto run = [&](auto zero, auto launcher, auto... more) {
     using T = decltype(zero);
-    launcher(data<T>(x), data<T>(gate_up), data<T>(down), data<T>(hidden), data<T>(grad_y), s.tokens, s.dim, s.width,
-             data<T>(grad_x), data<T>(grad_gate_up), data<T>(grad_down), data<T>(work));
+    return launcher(data<T>(x), data<T>(gate_up), data<T>(down), data<T>(hidden), data<T>(grad_y), s.tokens, s.dim,
+                    s.width, data<T>(grad_x), data<T>(grad_gate_up), data<T>(grad_down), data<T>(work), more...);
   };
-  x.dtype() == DataType::FLOAT32 ? run(ernie5_dense_ffn_backward_cpu_f32, float{})
-                                 : run(ernie5_dense_ffn_backward_cpu_bf16, bf16{});
+#ifdef PADDLE_WITH_CUDA
+  if (x.is_gpu()) {
+    Tensor space = binding::workspace(ernie5_dense_ffn_backward_cuda_workspace_bytes(), x);
+    binding::launch("dense_ffn", x, run, ernie5_dense_ffn_backward_cuda_f32, ernie5_dense_ffn_backward_cuda_bf16,
+                    space.data());
+    return {grad_x, grad_gate_up, grad_down};
+  }
+#endif
+  binding::by_type<bf16>(x, run, ernie5_dense_ffn_backward_cpu_f32, ernie5_dense_ffn_backward_cpu_bf16);
   return {grad_x, grad_gate_up, grad_down};
 }
 

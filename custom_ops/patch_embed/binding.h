@@ -8,26 +8,21 @@
 
 #include <vector>
 
-#include "paddle/extension.h"
+#include "common/binding.h"
 #include "patch_embed/patch_embed.h"
+#ifdef PADDLE_WITH_CUDA
+#include "patch_embed/patch_embed_cuda.h"
+#endif
 
 namespace ernie5 {
 namespace patch_embed_binding {
 
+using binding::data;
 using paddle::DataType;
 using paddle::Tensor;
 using Shape = std::vector<int64_t>;
 using Ints = std::vector<int>;
 using Floats = std::vector<float>;
-
-template <class T>
-const T* data(const Tensor& tensor) {
-  return reinterpret_cast<const T*>(tensor.data());
-}
-template <class T>
-T* data(Tensor& tensor) {
-  return reinterpret_cast<T*>(tensor.data());
-}
 
 struct Sizes {
   int64_t B, T, H, W, C, pt, ph, pw, lead, D;
@@ -36,7 +31,7 @@ struct Sizes {
 
 inline Sizes sizes_of(const Tensor& video, const Tensor& weight, const Ints& patch, const Floats& mean,
                       const Floats& deviation, int lead) {
-  PD_CHECK(video.is_cpu() && weight.is_cpu(), "patch_embed: the tensors must lie on the CPU");
+  binding::check_place("patch_embed", weight, {&video});
   PD_CHECK(video.dtype() == DataType::UINT8 || video.dtype() == DataType::FLOAT32,
            "patch_embed: video must be uint8 or float32");
   PD_CHECK(weight.dtype() == DataType::FLOAT32 || weight.dtype() == DataType::BFLOAT16,
@@ -58,25 +53,38 @@ inline Sizes sizes_of(const Tensor& video, const Tensor& weight, const Ints& pat
 inline std::vector<Tensor> forward(const Tensor& video, const Tensor& weight, const Tensor& bias, const Ints& patch,
                                    const Floats& mean, const Floats& deviation, int lead, bool /*video_gradient*/) {
   const Sizes s = sizes_of(video, weight, patch, mean, deviation, lead);
-  PD_CHECK(bias.is_cpu() && bias.dtype() == weight.dtype() && bias.numel() == s.D,
+  binding::check_place("patch_embed", weight, {&bias});
+  PD_CHECK(bias.dtype() == weight.dtype() && bias.numel() == s.D,
            "patch_embed: bias must be [D], of the weight's type");
   Tensor tokens = paddle::empty({s.B, s.tokens(), s.D}, weight.dtype(), weight.place());
+  auto run_on = [&](auto pixel) {
+    return [&](auto zero, auto launcher, auto... more) {
+      using T = decltype(zero);
+      return launcher(data<decltype(pixel)>(video), data<T>(weight), data<T>(bias), mean.data(), deviation.data(),
+                      data<T>(tokens), ERNIE5_PATCH_EMBED_LIST, more...);
+    };
+  };
+  const auto run_u8 = run_on(uint8_t{});
+  const auto run_f32 = run_on(float{});
   const bool bytes = video.dtype() == DataType::UINT8;
-  if (weight.dtype() == DataType::FLOAT32) {
-    const auto *w = data<float>(weight), *b = data<float>(bias);
-    auto* out = data<float>(tokens);
-    bytes ? ernie5_patch_embed_forward_cpu_u8_f32(data<uint8_t>(video), w, b, mean.data(), deviation.data(), out,
-                                                  ERNIE5_PATCH_EMBED_LIST)
-          : ernie5_patch_embed_forward_cpu_f32_f32(data<float>(video), w, b, mean.data(), deviation.data(), out,
-                                                   ERNIE5_PATCH_EMBED_LIST);
-  } else {
-    const auto *w = data<uint16_t>(weight), *b = data<uint16_t>(bias);
-    auto* out = data<uint16_t>(tokens);
-    bytes ? ernie5_patch_embed_forward_cpu_u8_bf16(data<uint8_t>(video), w, b, mean.data(), deviation.data(), out,
-                                                   ERNIE5_PATCH_EMBED_LIST)
-          : ernie5_patch_embed_forward_cpu_f32_bf16(data<float>(video), w, b, mean.data(), deviation.data(), out,
-                                                    ERNIE5_PATCH_EMBED_LIST);
+#ifdef PADDLE_WITH_CUDA
+  if (weight.is_gpu()) {
+    auto size = [&](auto /*zero*/, auto of) { return of(ERNIE5_PATCH_EMBED_LIST); };
+    Tensor space = binding::workspace(binding::by_type(weight, size,
+                                                       ernie5_patch_embed_forward_cuda_workspace_bytes_f32,
+                                                       ernie5_patch_embed_forward_cuda_workspace_bytes_bf16),
+                                      weight);
+    bytes ? binding::launch("patch_embed", weight, run_u8, ernie5_patch_embed_forward_cuda_u8_f32,
+                            ernie5_patch_embed_forward_cuda_u8_bf16, space.data())
+          : binding::launch("patch_embed", weight, run_f32, ernie5_patch_embed_forward_cuda_f32_f32,
+                            ernie5_patch_embed_forward_cuda_f32_bf16, space.data());
+    return {tokens};
   }
+#endif
+  bytes ? binding::by_type(weight, run_u8, ernie5_patch_embed_forward_cpu_u8_f32,
+                           ernie5_patch_embed_forward_cpu_u8_bf16)
+        : binding::by_type(weight, run_f32, ernie5_patch_embed_forward_cpu_f32_f32,
+                           ernie5_patch_embed_forward_cpu_f32_bf16);
   return {tokens};
 }
 
@@ -89,22 +97,35 @@ inline std::vector<Tensor> backward(const Tensor& video, const Tensor& weight, c
   const bool bytes = video.dtype() == DataType::UINT8, wanted = video_gradient && !bytes;
   Tensor weight_grad = paddle::empty_like(weight), bias_grad = paddle::empty_like(bias);
   Tensor video_grad = paddle::empty(wanted ? video.shape() : Shape{1}, DataType::FLOAT32, video.place());
-  float* pixels = wanted ? data<float>(video_grad) : nullptr;
-  if (weight.dtype() == DataType::FLOAT32) {
-    const auto *w = data<float>(weight), *grad = data<float>(tokens_grad);
-    auto *dw = data<float>(weight_grad), *db = data<float>(bias_grad);
-    bytes ? ernie5_patch_embed_backward_cpu_u8_f32(data<uint8_t>(video), grad, mean.data(), deviation.data(), dw, db,
-                                                   ERNIE5_PATCH_EMBED_LIST)
-          : ernie5_patch_embed_backward_cpu_f32_f32(data<float>(video), w, grad, mean.data(), deviation.data(), dw, db,
-                                                    pixels, ERNIE5_PATCH_EMBED_LIST);
-  } else {
-    const auto *w = data<uint16_t>(weight), *grad = data<uint16_t>(tokens_grad);
-    auto *dw = data<uint16_t>(weight_grad), *db = data<uint16_t>(bias_grad);
-    bytes ? ernie5_patch_embed_backward_cpu_u8_bf16(data<uint8_t>(video), grad, mean.data(), deviation.data(), dw, db,
-                                                    ERNIE5_PATCH_EMBED_LIST)
-          : ernie5_patch_embed_backward_cpu_f32_bf16(data<float>(video), w, grad, mean.data(), deviation.data(), dw,
-                                                     db, pixels, ERNIE5_PATCH_EMBED_LIST);
+  auto run_u8 = [&](auto zero, auto launcher, auto... more) {
+    using T = decltype(zero);
+    return launcher(data<uint8_t>(video), data<T>(tokens_grad), mean.data(), deviation.data(), data<T>(weight_grad),
+                    data<T>(bias_grad), ERNIE5_PATCH_EMBED_LIST, more...);
+  };
+  auto run_f32 = [&](auto zero, auto launcher, auto... more) {
+    using T = decltype(zero);
+    return launcher(data<float>(video), data<T>(weight), data<T>(tokens_grad), mean.data(), deviation.data(),
+                    data<T>(weight_grad), data<T>(bias_grad), data<float>(wanted ? &video_grad : nullptr),
+                    ERNIE5_PATCH_EMBED_LIST, more...);
+  };
+#ifdef PADDLE_WITH_CUDA
+  if (weight.is_gpu()) {
+    auto size = [&](auto /*zero*/, auto of) { return of(ERNIE5_PATCH_EMBED_LIST); };
+    Tensor space = binding::workspace(binding::by_type(weight, size,
+                                                       ernie5_patch_embed_backward_cuda_workspace_bytes_f32,
+                                                       ernie5_patch_embed_backward_cuda_workspace_bytes_bf16),
+                                      weight);
+    bytes ? binding::launch("patch_embed", weight, run_u8, ernie5_patch_embed_backward_cuda_u8_f32,
+                            ernie5_patch_embed_backward_cuda_u8_bf16, space.data())
+          : binding::launch("patch_embed", weight, run_f32, ernie5_patch_embed_backward_cuda_f32_f32,
+                            ernie5_patch_embed_backward_cuda_f32_bf16, space.data());
+    return {video_grad, weight_grad, bias_grad};
   }
+#endif
+  bytes ? binding::by_type(weight, run_u8, ernie5_patch_embed_backward_cpu_u8_f32,
+                           ernie5_patch_embed_backward_cpu_u8_bf16)
+        : binding::by_type(weight, run_f32, ernie5_patch_embed_backward_cpu_f32_f32,
+                           ernie5_patch_embed_backward_cpu_f32_bf16);
   return {video_grad, weight_grad, bias_grad};
 }
 

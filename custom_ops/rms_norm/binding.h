@@ -1,12 +1,16 @@
 // Paddle operators of RMSNorm.
 #pragma once
 
-#include "paddle/extension.h"
+#include "common/binding.h"
 #include "rms_norm/rms_norm.h"
+#ifdef PADDLE_WITH_CUDA
+#include "rms_norm/rms_norm_cuda.h"
+#endif
 
 namespace ernie5 {
 namespace rms_norm_binding {
 
+using binding::data;
 using paddle::DataType;
 using paddle::Tensor;
 using Shape = std::vector<int64_t>;
@@ -18,15 +22,10 @@ struct Sizes {
 inline Sizes sizes_of(const Tensor& x, const Tensor& weight) {
   PD_CHECK(x.dtype() == weight.dtype(), "rms_norm: x and weight must have one dtype");
   PD_CHECK(x.dtype() == DataType::FLOAT32 || x.dtype() == DataType::BFLOAT16, "rms_norm: float32 or bfloat16");
-  PD_CHECK(x.is_cpu(), "rms_norm: the tensors must lie on the CPU");
+  binding::check_place("rms_norm", x, {&weight});
   const Shape shape = x.shape();
   PD_CHECK(!shape.empty() && weight.numel() == shape.back(), "rms_norm: weight must be [D], x [..., D]");
   return {shape.back() > 0 ? x.numel() / shape.back() : 0, shape.back()};
-}
-
-inline uint16_t* bits(Tensor& t) { return reinterpret_cast<uint16_t*>(t.data<phi::dtype::bfloat16>()); }
-inline const uint16_t* bits(const Tensor& t) {
-  return reinterpret_cast<const uint16_t*>(t.data<phi::dtype::bfloat16>());
 }
 
 struct Forward {
@@ -41,16 +40,18 @@ inline Forward forward(const Tensor& x, const Tensor* residual, const Tensor& we
   outer.pop_back();
   Forward out{paddle::empty_like(x), residual != nullptr ? paddle::empty_like(x) : Tensor(),
               paddle::empty(outer, DataType::FLOAT32, x.place())};
-  if (x.dtype() == DataType::FLOAT32) {
-    ernie5_rms_norm_forward_cpu_f32(x.data<float>(), residual != nullptr ? residual->data<float>() : nullptr,
-                                    weight.data<float>(), sizes.rows, sizes.columns, eps, out.y.data<float>(),
-                                    residual != nullptr ? out.sum.data<float>() : nullptr,
-                                    out.inverse.data<float>());
-  } else {
-    ernie5_rms_norm_forward_cpu_bf16(bits(x), residual != nullptr ? bits(*residual) : nullptr, bits(weight),
-                                     sizes.rows, sizes.columns, eps, bits(out.y),
-                                     residual != nullptr ? bits(out.sum) : nullptr, out.inverse.data<float>());
+  auto run = [&](auto zero, auto launcher, auto... more) {
+    using T = decltype(zero);
+    return launcher(data<T>(x), data<T>(residual), data<T>(weight), sizes.rows, sizes.columns, eps, data<T>(out.y),
+                    data<T>(residual != nullptr ? &out.sum : nullptr), data<float>(out.inverse), more...);
+  };
+#ifdef PADDLE_WITH_CUDA
+  if (x.is_gpu()) {
+    binding::launch("rms_norm", x, run, ernie5_rms_norm_forward_cuda_f32, ernie5_rms_norm_forward_cuda_bf16);
+    return out;
   }
+#endif
+  binding::by_type(x, run, ernie5_rms_norm_forward_cpu_f32, ernie5_rms_norm_forward_cpu_bf16);
   return out;
 }
 
@@ -59,20 +60,22 @@ inline std::vector<Tensor> backward(const Tensor& s, const Tensor& weight, const
                                     const Tensor* grad_sum, Tensor* second) {
   const Sizes sizes = sizes_of(s, weight);
   Tensor grad = paddle::empty_like(s), grad_weight = paddle::empty_like(weight);
+  auto run = [&](auto zero, auto launcher, auto... more) {
+    using T = decltype(zero);
+    return launcher(data<T>(s), data<T>(weight), data<float>(inverse), data<T>(grad_y), data<T>(grad_sum), sizes.rows,
+                    sizes.columns, data<T>(grad), data<T>(second), data<T>(grad_weight), more...);
+  };
+#ifdef PADDLE_WITH_CUDA
+  if (s.is_gpu()) {
+    Tensor space = binding::workspace(ernie5_rms_norm_backward_cuda_workspace_bytes(sizes.rows, sizes.columns), s);
+    binding::launch("rms_norm", s, run, ernie5_rms_norm_backward_cuda_f32, ernie5_rms_norm_backward_cuda_bf16,
+                    space.data());
+    return {grad, grad_weight};
+  }
+#endif
   Tensor partial = paddle::empty({ernie5_rms_norm_partial_size(sizes.rows, sizes.columns)}, DataType::FLOAT32,
                                  s.place());
-  if (s.dtype() == DataType::FLOAT32) {
-    ernie5_rms_norm_backward_cpu_f32(s.data<float>(), weight.data<float>(), inverse.data<float>(),
-                                     grad_y.data<float>(), grad_sum != nullptr ? grad_sum->data<float>() : nullptr,
-                                     sizes.rows, sizes.columns, grad.data<float>(),
-                                     second != nullptr ? second->data<float>() : nullptr, grad_weight.data<float>(),
-                                     partial.data<float>());
-  } else {
-    ernie5_rms_norm_backward_cpu_bf16(bits(s), bits(weight), inverse.data<float>(), bits(grad_y),
-                                      grad_sum != nullptr ? bits(*grad_sum) : nullptr, sizes.rows, sizes.columns,
-                                      bits(grad), second != nullptr ? bits(*second) : nullptr, bits(grad_weight),
-                                      partial.data<float>());
-  }
+  binding::by_type(s, run, ernie5_rms_norm_backward_cpu_f32, ernie5_rms_norm_backward_cpu_bf16, data<float>(partial));
   return {grad, grad_weight};
 }
 

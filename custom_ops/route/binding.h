@@ -1,12 +1,16 @@
 // Paddle operators of expert selection and of the permutation.
 #pragma once
 
-#include "paddle/extension.h"
+#include "common/binding.h"
 #include "route/route.h"
+#ifdef PADDLE_WITH_CUDA
+#include "route/route_cuda.h"
+#endif
 
 namespace ernie5 {
 namespace route_binding {
 
+using binding::data;
 using paddle::DataType;
 using paddle::Tensor;
 using Shape = std::vector<int64_t>;
@@ -24,7 +28,7 @@ inline Permutation empty_permutation(int64_t assignments, int64_t num_experts, c
 // counts int64 [E], order int32 [T * K], offsets int32 [E + 1].
 inline std::vector<Tensor> forward(const Tensor& logits, const Tensor& bias, const Tensor& valid, int64_t top_k,
                                    bool softmax, float scale) {
-  PD_CHECK(logits.is_cpu() && bias.is_cpu() && valid.is_cpu(), "route: the tensors must lie on the CPU");
+  binding::check_place("route", logits, {&bias, &valid});
   PD_CHECK(logits.dtype() == DataType::FLOAT32 && bias.dtype() == DataType::FLOAT32,
            "route: logits and bias must be float32");
   PD_CHECK(valid.dtype() == DataType::BOOL || valid.dtype() == DataType::UINT8, "route: valid must be bool or uint8");
@@ -37,10 +41,19 @@ inline std::vector<Tensor> forward(const Tensor& logits, const Tensor& bias, con
   Tensor experts = paddle::empty({tokens, top_k}, DataType::INT32, place);
   Tensor weights = paddle::empty({tokens, top_k}, DataType::FLOAT32, place);
   Permutation to = empty_permutation(tokens * top_k, num_experts, place);
-  ernie5_route_forward_cpu_f32(logits.data<float>(), bias.data<float>(), static_cast<const uint8_t*>(valid.data()),
-                               tokens, num_experts, top_k, softmax, scale, experts.data<int32_t>(),
-                               weights.data<float>(), to.counts.data<int64_t>(), to.order.data<int32_t>(),
-                               to.offsets.data<int32_t>());
+  auto run = [&](auto launcher, auto... more) {
+    return launcher(data<float>(logits), data<float>(bias), static_cast<const uint8_t*>(valid.data()), tokens,
+                    num_experts, top_k, softmax, scale, data<int32_t>(experts), data<float>(weights),
+                    data<int64_t>(to.counts), data<int32_t>(to.order), data<int32_t>(to.offsets), more...);
+  };
+#ifdef PADDLE_WITH_CUDA
+  if (logits.is_gpu()) {
+    Tensor space = binding::workspace(ernie5_permute_cuda_workspace_bytes(tokens, num_experts, top_k), logits);
+    binding::check_code("route", run(ernie5_route_forward_cuda_f32, space.data(), logits.stream()));
+    return {experts, weights, to.counts, to.order, to.offsets};
+  }
+#endif
+  run(ernie5_route_forward_cpu_f32);
   return {experts, weights, to.counts, to.order, to.offsets};
 }
 
@@ -48,19 +61,39 @@ inline std::vector<Tensor> backward(const Tensor& logits, const Tensor& experts,
                                     int64_t top_k, bool softmax, float scale) {
   PD_CHECK(grad_weights.initialized(), "route: only the weights have a gradient");
   Tensor grad = paddle::empty_like(logits);
-  ernie5_route_backward_cpu_f32(logits.data<float>(), experts.data<int32_t>(), grad_weights.data<float>(),
-                                logits.shape()[0], logits.shape()[1], top_k, softmax, scale, grad.data<float>());
+  auto run = [&](auto launcher, auto... more) {
+    return launcher(data<float>(logits), data<int32_t>(experts), data<float>(grad_weights), logits.shape()[0],
+                    logits.shape()[1], top_k, softmax, scale, data<float>(grad), more...);
+  };
+#ifdef PADDLE_WITH_CUDA
+  if (logits.is_gpu()) {
+    binding::check_code("route", run(ernie5_route_backward_cuda_f32, logits.stream()));
+    return {grad};
+  }
+#endif
+  run(ernie5_route_backward_cpu_f32);
   return {grad};
 }
 
 // experts int32 [T, K] -> counts, order, offsets.
 inline std::vector<Tensor> permute(const Tensor& experts, int64_t num_experts) {
-  PD_CHECK(experts.is_cpu() && experts.dtype() == DataType::INT32 && experts.shape().size() == 2,
-           "permute: experts must be int32 [T, K] on the CPU");
+  binding::check_place("permute", experts, {});
+  PD_CHECK(experts.dtype() == DataType::INT32 && experts.shape().size() == 2, "permute: experts must be int32 [T, K]");
   PD_CHECK(num_experts >= 1 && experts.numel() < INT32_MAX, "permute: too many assignments, or no experts");
+  const int64_t tokens = experts.shape()[0], top_k = experts.shape()[1];
   Permutation to = empty_permutation(experts.numel(), num_experts, experts.place());
-  ernie5_permute_forward_cpu(experts.data<int32_t>(), experts.shape()[0], num_experts, experts.shape()[1],
-                             to.counts.data<int64_t>(), to.order.data<int32_t>(), to.offsets.data<int32_t>());
+  auto run = [&](auto launcher, auto... more) {
+    return launcher(data<int32_t>(experts), tokens, num_experts, top_k, data<int64_t>(to.counts),
+                    data<int32_t>(to.order), data<int32_t>(to.offsets), more...);
+  };
+#ifdef PADDLE_WITH_CUDA
+  if (experts.is_gpu()) {
+    Tensor space = binding::workspace(ernie5_permute_cuda_workspace_bytes(tokens, num_experts, top_k), experts);
+    binding::check_code("permute", run(ernie5_permute_forward_cuda, space.data(), experts.stream()));
+    return {to.counts, to.order, to.offsets};
+  }
+#endif
+  run(ernie5_permute_forward_cpu);
   return {to.counts, to.order, to.offsets};
 }
 

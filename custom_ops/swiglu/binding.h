@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "common/binding.h"
 #include "paddle/extension.h"
 #include "swiglu/swiglu.h"
 
@@ -20,6 +21,7 @@ inline Shape halved(Shape shape) {
 }
 
 inline int64_t check(const Tensor& hidden) {
+  PD_CHECK(hidden.is_cpu(), "ernie5_swiglu takes tensors on the CPU");
   PD_CHECK(!hidden.shape().empty() && hidden.shape().back() > 0 && hidden.shape().back() % 2 == 0,
            "ernie5_swiglu: the last axis holds gate and up, so it is even");
   PD_CHECK(hidden.dtype() == DataType::FLOAT32 || hidden.dtype() == DataType::BFLOAT16,
@@ -27,16 +29,14 @@ inline int64_t check(const Tensor& hidden) {
   return hidden.shape().back() / 2;
 }
 
-inline const uint16_t* bits(const Tensor& tensor) { return static_cast<const uint16_t*>(tensor.data()); }
-
 inline std::vector<Tensor> forward(const Tensor& hidden) {
   const int64_t width = check(hidden), rows = hidden.numel() / (2 * width);
   Tensor out = paddle::empty(halved(hidden.shape()), hidden.dtype(), hidden.place());
-  if (hidden.dtype() == DataType::FLOAT32) {
-    ernie5_swiglu_forward_cpu_f32(hidden.data<float>(), rows, width, out.data<float>());
-  } else {
-    ernie5_swiglu_forward_cpu_bf16(bits(hidden), rows, width, static_cast<uint16_t*>(out.data()));
-  }
+  auto run = [&](auto zero, auto launcher) {
+    using T = decltype(zero);
+    launcher(binding::data<T>(hidden), rows, width, binding::data<T>(out));
+  };
+  binding::by_type(hidden, run, ernie5_swiglu_forward_cpu_f32, ernie5_swiglu_forward_cpu_bf16);
   return {out};
 }
 
@@ -45,11 +45,11 @@ inline std::vector<Tensor> backward(const Tensor& hidden, const Tensor& grad_out
   PD_CHECK(grad_out.shape() == halved(hidden.shape()) && grad_out.dtype() == hidden.dtype(),
            "ernie5_swiglu: the gradient must have the shape and type of the result");
   Tensor grad = paddle::empty(hidden.shape(), hidden.dtype(), hidden.place());
-  if (hidden.dtype() == DataType::FLOAT32) {
-    ernie5_swiglu_backward_cpu_f32(hidden.data<float>(), grad_out.data<float>(), rows, width, grad.data<float>());
-  } else {
-    ernie5_swiglu_backward_cpu_bf16(bits(hidden), bits(grad_out), rows, width, static_cast<uint16_t*>(grad.data()));
-  }
+  auto run = [&](auto zero, auto launcher) {
+    using T = decltype(zero);
+    launcher(binding::data<T>(hidden), binding::data<T>(grad_out), rows, width, binding::data<T>(grad));
+  };
+  binding::by_type(hidden, run, ernie5_swiglu_backward_cpu_f32, ernie5_swiglu_backward_cpu_bf16);
   return {grad};
 }
 

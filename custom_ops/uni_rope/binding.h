@@ -4,12 +4,16 @@
 #include <cstdint>
 #include <vector>
 
-#include "paddle/extension.h"
+#include "common/binding.h"
 #include "uni_rope/uni_rope.h"
+#ifdef PADDLE_WITH_CUDA
+#include "uni_rope/uni_rope_cuda.h"
+#endif
 
 namespace ernie5 {
 namespace uni_rope_binding {
 
+using binding::data;
 using paddle::Tensor;
 
 inline std::vector<Tensor> turn(const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin, float sign) {
@@ -24,17 +28,23 @@ inline std::vector<Tensor> turn(const Tensor& q, const Tensor& k, const Tensor& 
   PD_CHECK(cos.dtype() == paddle::DataType::FLOAT32 && sin.dtype() == paddle::DataType::FLOAT32 &&
                q.dtype() == k.dtype(),
            "ernie5_uni_rope: cos and sin must be float32, q and k of one type");
+  PD_CHECK(q.dtype() == paddle::DataType::FLOAT32 || q.dtype() == paddle::DataType::BFLOAT16,
+           "ernie5_uni_rope: q and k must be float32 or bfloat16");
+  binding::check_place("ernie5_uni_rope", q, {&k, &cos, &sin});
   Tensor q_out = paddle::empty(q.shape(), q.dtype(), q.place()), k_out = paddle::empty(k.shape(), k.dtype(), k.place());
   int64_t heads = q.shape()[2] / dim, groups = k.shape()[2] / dim;
-  if (q.dtype() == paddle::DataType::FLOAT32) {
-    ernie5_uni_rope_cpu_f32(q.data<float>(), k.data<float>(), cos.data<float>(), sin.data<float>(), batch * length,
-                            heads, groups, dim, sign, q_out.data<float>(), k_out.data<float>());
-  } else {
-    PD_CHECK(q.dtype() == paddle::DataType::BFLOAT16, "ernie5_uni_rope: q and k must be float32 or bfloat16");
-    ernie5_uni_rope_cpu_bf16(static_cast<const uint16_t*>(q.data()), static_cast<const uint16_t*>(k.data()),
-                             cos.data<float>(), sin.data<float>(), batch * length, heads, groups, dim, sign,
-                             static_cast<uint16_t*>(q_out.data()), static_cast<uint16_t*>(k_out.data()));
+  auto run = [&](auto zero, auto launcher, auto... more) {
+    using T = decltype(zero);
+    return launcher(data<T>(q), data<T>(k), data<float>(cos), data<float>(sin), batch * length, heads, groups, dim,
+                    sign, data<T>(q_out), data<T>(k_out), more...);
+  };
+#ifdef PADDLE_WITH_CUDA
+  if (q.is_gpu()) {
+    binding::launch("uni_rope", q, run, ernie5_uni_rope_cuda_f32, ernie5_uni_rope_cuda_bf16);
+    return {q_out, k_out};
   }
+#endif
+  binding::by_type(q, run, ernie5_uni_rope_cpu_f32, ernie5_uni_rope_cpu_bf16);
   return {q_out, k_out};
 }
 

@@ -101,10 +101,10 @@ def moe_ffn(
 def dense_ffn(x: paddle.Tensor, gate_up: paddle.Tensor, down: paddle.Tensor) -> paddle.Tensor:
     """SwiGLU of every token, the shared expert: x [T,D], gate_up [D,2F] (gate first), down [F,D] -> [T,D].
 
-    One kernel in bfloat16, which Paddle does not multiply on the CPU; in float32 Paddle's own products around ours for
-    the activation are faster than that.
+    One kernel, but for float32 on the CPU: there Paddle's own products around ours for the activation are faster.
     """
-    if x.dtype == paddle.bfloat16 and kernels.serves("dense_ffn", x, gate_up, down):
+    whole = x.dtype == paddle.bfloat16 or kernels.on_gpu(x)
+    if whole and kernels.serves("dense_ffn", x, gate_up, down):
         return kernels.call("dense_ffn", [x, gate_up, down])[0]
     return paddle.matmul(swiglu(paddle.matmul(x, gate_up)), down)
 

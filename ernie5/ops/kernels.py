@@ -1,7 +1,8 @@
 """Which kernel serves an op: ours, compiled from ``custom_ops/``, or the reference in plain Paddle.
 
 The library is found or compiled at the first question, once a process. Where that cannot be done, one warning says why
-and every op runs its reference. ``ERNIE5_KERNELS=reference`` asks for the references.
+and every op runs its reference; on a GPU likewise where the library has no CUDA kernels. ``ERNIE5_KERNELS=reference``
+asks for the references.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import paddle
 
-from ernie5.ops.build import BuildError, find_or_build
+from ernie5.ops.build import BuildError, architectures_of, cuda_note, cuda_targets, find_or_build
 
 CHOICE_VARIABLE = "ERNIE5_KERNELS"
 PREFIX = "ernie5_"
@@ -21,8 +22,8 @@ SERVED_DTYPES = {paddle.float32, paddle.bfloat16}
 INTEGER_DTYPES = {paddle.int32, paddle.int64}
 OPS = {  # op -> what the model uses it for
     "moe_ffn": "routed experts",
-    "dense_ffn": "shared expert in bfloat16; float32 is Paddle's matmul around swiglu",
-    "swiglu": "activation of the shared expert in float32",
+    "dense_ffn": "shared expert; float32 on the CPU is Paddle's matmul around swiglu",
+    "swiglu": "activation of the shared expert in float32, on the CPU",
     "linear": "projections and heads in bfloat16; float32 is Paddle's matmul",
     "flashmask_attention": "attention under interval masks",
     "uni_rope": "rotary positions",
@@ -36,15 +37,32 @@ OPS = {  # op -> what the model uses it for
     "adamw": "optimizer",
     "sum_of_squares": "gradient clipping",
 }
+ON_GPU = frozenset(  # the ops whose bindings call CUDA kernels
+    {
+        "moe_ffn",
+        "dense_ffn",
+        "uni_rope",
+        "route",
+        "permute",
+        "rms_norm",
+        "add_rms_norm",
+        "cross_entropy",
+        "patch_embed",
+    }
+)
 
 
 class _Library:
-    """The loaded library, or why there is none (``problem``), and the names of the ops it registered."""
+    """The loaded library, or why there is none (``problem``), and the names of the ops it registered.
+
+    ``architectures``: the GPUs it has CUDA kernels for; ``cuda_problem``: why there are none though a GPU wants them.
+    """
 
     def __init__(self) -> None:
         self.path: Path | None = None
-        self.problem = ""
+        self.problem = self.cuda_problem = ""
         self.names: frozenset[str] = frozenset()
+        self.architectures: tuple[str, ...] = ()
         if chosen_reference():
             self.problem = f"{CHOICE_VARIABLE}=reference"
             return
@@ -53,12 +71,17 @@ class _Library:
             from paddle.utils.cpp_extension.extension_utils import load_op_meta_info_and_register_op
 
             self.names = frozenset(load_op_meta_info_and_register_op(str(self.path)))
+            self.architectures = architectures_of(self.path)
         except (BuildError, OSError, RuntimeError) as error:
             self.problem = str(error).splitlines()[0]
             warnings.warn(
                 f"ernie5: the compiled kernels are not available ({self.problem}); every op runs its slower reference",
                 stacklevel=2,
             )
+            return
+        self.cuda_problem = "" if self.architectures else cuda_targets()[1]
+        if self.cuda_problem:
+            warnings.warn(cuda_note(self.cuda_problem), stacklevel=2)
 
 
 @lru_cache(maxsize=1)
@@ -72,12 +95,17 @@ def available(name: str) -> bool:
     return PREFIX + name in library().names
 
 
+def reaches(name: str, tensor: paddle.Tensor) -> bool:
+    """Whether ours computes the op where the tensor lies: on the CPU, or on a GPU that it has a CUDA kernel for."""
+    return available(name) and (not on_gpu(tensor) or (name in ON_GPU and bool(library().architectures)))
+
+
 def serves(name: str, *tensors: paddle.Tensor) -> bool:
-    """Whether ours computes the op for these floating-point tensors: on the CPU, all float32 or all bfloat16."""
+    """Whether ours computes the op for these floating-point tensors: all float32 or all bfloat16, within reach."""
     first = tensors[0].dtype
     if first not in SERVED_DTYPES or any(tensor.dtype != first for tensor in tensors[1:]):
         return False
-    return available(name) and not on_gpu(tensors[0])
+    return reaches(name, tensors[0])
 
 
 def on_gpu(tensor: paddle.Tensor) -> bool:
@@ -107,8 +135,22 @@ def chosen_reference() -> bool:
 def serving(name: str) -> tuple[str, str]:
     """(kernel, why) for the op on this machine's default device, for ``tools/doctor.py``."""
     if paddle.device.get_device().startswith("gpu"):
-        own = name == "flashmask_attention"
-        return ("Paddle's GPU kernel", "float16 and bfloat16") if own else ("reference", "our kernels are for the CPU")
+        return _serving_on_gpu(name)
     if available(name):
         return "compiled", f"{library().path}"
     return "reference", library().problem or "no compiled kernel for this op"
+
+
+def _serving_on_gpu(name: str) -> tuple[str, str]:
+    if name == "flashmask_attention":
+        return "Paddle's GPU kernel", "float16 and bfloat16"
+    if name not in ON_GPU:
+        return "reference", "ours is for the CPU"
+    if available(name) and library().architectures:
+        return "compiled", f"CUDA for {targets()}, {library().path}"
+    return "reference", library().problem or library().cuda_problem or "the library has no CUDA kernels"
+
+
+def targets() -> str:
+    """The GPUs that the library has CUDA kernels for, as nvcc names them; "" if it has none."""
+    return ", ".join(f"sm_{name}" for name in library().architectures)

@@ -46,7 +46,7 @@ def route(
 
 def permutation(experts: paddle.Tensor, num_experts: int) -> tuple[paddle.Tensor, paddle.Tensor, paddle.Tensor]:
     """(counts, order, offsets) of experts int32 [T,K], -1 = not routed; see ``Routing``."""
-    if paddle.in_dynamic_mode() and experts.place.is_cpu_place() and kernels.available("permute"):
+    if paddle.in_dynamic_mode() and kernels.reaches("permute", experts):
         counts, order, offsets = kernels.call("permute", [experts], [num_experts])
         return counts, order, offsets
     flat = experts.flatten().astype("int64")

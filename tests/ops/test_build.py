@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ernie5.ops import build
+from ernie5.ops import build, nvcc
 
 ROOT = Path(__file__).resolve().parents[2]
 PROBE = "import ernie5.ops.build as b; print(b.find_or_build())"
@@ -20,8 +20,8 @@ def quick(monkeypatch):
     """Compiling takes half a minute; here it writes a file that says so."""
     made = []
 
-    def compile_library(output: Path, objects: Path) -> None:
-        made.append(output)
+    def compile_library(output: Path, objects: Path, architectures: tuple[str, ...]) -> None:
+        made.append(architectures)
         output.write_text("library", encoding="utf-8")
 
     monkeypatch.setattr(build, "compile_library", compile_library)
@@ -40,9 +40,9 @@ def test_the_key_follows_the_sources(tmp_path):
     (tmp_path / "op").mkdir()
     source = tmp_path / "op" / "op.cc"
     source.write_text("int a;", encoding="utf-8")
-    before = build.source_key(tmp_path)
+    before = build.source_key(sources=tmp_path)
     source.write_text("int b;", encoding="utf-8")
-    assert build.source_key(tmp_path) != before
+    assert build.source_key(sources=tmp_path) != before
 
 
 def test_a_folder_that_cannot_be_written_is_passed_over(quick, tmp_path, monkeypatch):
@@ -89,8 +89,8 @@ def test_several_processes_compile_once(tmp_path):
     code = (
         "import sys, pathlib, ernie5.ops.build as b\n"
         f"b.SOURCES = pathlib.Path({str(sources)!r})\n"
-        "b.source_key.__defaults__ = (b.SOURCES,)\n"
-        "b.compile_library.__defaults__ = (b.SOURCES, b.FLAGS)\n"
+        "b.source_key.__defaults__ = ((), b.SOURCES)\n"
+        "b.compile_library.__defaults__ = ((), b.SOURCES, b.FLAGS)\n"
         "b.installed_library = lambda key: None\n"
         "print(b.find_or_build())"
     )
@@ -103,3 +103,72 @@ def test_several_processes_compile_once(tmp_path):
     outputs = [process.communicate(timeout=120) for process in running]
     assert len({out for out, _ in outputs}) == 1 and Path(outputs[0][0].strip()).is_file()
     assert sum("compiling the kernels" in err for _, err in outputs) == 1
+
+
+@pytest.fixture
+def gpu(quick, tmp_path, monkeypatch):
+    """A Paddle of CUDA 12.6 and two GPUs; ``gpu(release)`` puts an nvcc of that release on the machine."""
+
+    def install(release: str) -> None:
+        program = tmp_path / "nvcc"
+        program.write_text(
+            f"#!/bin/sh\necho Cuda compilation tools, release {release}, V{release}.1\n", encoding="utf-8"
+        )
+        program.chmod(0o755)
+
+    driver = tmp_path / "nvidia-smi"
+    driver.write_text("#!/bin/sh\nprintf '8.6\\n9.0\\n9.0\\n'\n", encoding="utf-8")
+    driver.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("NVCC", str(tmp_path / "nvcc"))
+    monkeypatch.delenv(nvcc.CAPABILITY_VARIABLE, raising=False)
+    monkeypatch.setenv(build.CACHE_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setattr(build, "paddle_cuda", lambda: "12.6")
+    nvcc.capabilities.cache_clear()
+    yield install
+    nvcc.capabilities.cache_clear()
+
+
+def test_with_nvcc_the_cuda_kernels_are_compiled_for_the_gpus_here(gpu, quick):
+    gpu("12.6")
+    library = build.find_or_build(quiet=True)
+    assert quick == [("86", "90")] and build.architectures_of(library) == ("86", "90")
+    (library.parents[2] / "nvcc").unlink()
+    assert build.find_or_build(quiet=True) == library, "what lies ready needs no nvcc"
+
+
+@pytest.mark.parametrize(
+    ("release", "reason"),
+    [(None, "no nvcc (install the toolkit of CUDA 12"), ("13.0", "is of CUDA 13.0, Paddle of CUDA")],
+)
+def test_without_a_fitting_nvcc_the_cpu_kernels_are_compiled_and_one_line_says_why(gpu, quick, release, reason):
+    if release:
+        gpu(release)
+    library = build.find_or_build(quiet=True)
+    assert quick == [()] and build.architectures_of(library) == ()
+    problem = build.cuda_targets()[1]
+    assert reason in problem and "\n" not in build.cuda_note(problem)
+
+
+@pytest.mark.parametrize(
+    ("named", "wanted", "problem"),
+    [("8.0;9.0a", ("80", "90a"), ""), ("7.0 8.9", ("89",), ""), ("7.5", (), "8.0 or more, found sm_75")],
+)
+def test_the_user_may_name_the_gpus(gpu, monkeypatch, named, wanted, problem):
+    gpu("12.8")
+    monkeypatch.setenv(nvcc.CAPABILITY_VARIABLE, named)
+    targets, found = build.cuda_targets()
+    assert targets == wanted and (found.endswith(problem) if problem else not found)
+
+
+def test_a_gpu_that_is_no_number_is_one_clear_line(gpu, monkeypatch):
+    monkeypatch.setenv(nvcc.CAPABILITY_VARIABLE, "Hopper")
+    with pytest.raises(ValueError, match=r"found 'Hopper', expected capabilities such as '8\.0 9\.0'"):
+        build.find_or_build(quiet=True)
+
+
+def test_a_paddle_without_cuda_asks_for_none(gpu, quick, monkeypatch):
+    monkeypatch.setattr(build, "paddle_cuda", lambda: "")
+    gpu("12.6")
+    build.find_or_build(quiet=True)
+    assert quick == [()] and build.cuda_targets() == ((), "")
