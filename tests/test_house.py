@@ -95,7 +95,8 @@ def test_environment_is_set_by_the_import_and_offline():
     variables, described = json.loads(done.stdout)
     for name, value in {**environment.OFFLINE_VARIABLES, **environment.QUIET_VARIABLES}.items():
         assert variables[name] == value == described[name]
-    assert described["allocator"] == "keeps freed blocks (mallopt)"
+    wanted = "[madvise]" in environment._HUGE_PAGES.read_text() if environment._HUGE_PAGES.exists() else False
+    assert described["allocator"] == "keeps freed blocks (mallopt)" + (", in huge pages" if wanted else "")
 
 
 @pytest.mark.parametrize(

@@ -51,16 +51,17 @@ class Decoder:
         ids: list[list[int]] = [[] for _ in range(self.prompts)]
         running = np.ones(self.prompts, bool)
         states = np.full(self.prompts, COMPLETE)
+        end = int(Special.EOS)  # NumPy compares with a member of an enum many times slower
         for left, step in zip(reversed(range(len(self.steps))), self.steps, strict=True):
             logits = self._logits(self.walk.text_logits(step.start, step.stop))
             chosen = self.sampler.classes(masked(logits, self.continuations.allowed(states, left)))
             states = self.continuations.after(states, chosen)
-            running &= chosen != Special.EOS
+            running &= chosen != end
             for row in np.flatnonzero(running):
                 ids[row].append(int(chosen[row]))
             if not running.any():
                 break
-            self.walk.fields["input_ids"][:, step.stop] = self._all_rows(np.where(running, chosen, Special.EOS))
+            self.walk.fields["input_ids"][:, step.stop] = self._all_rows(np.where(running, chosen, end))
         return ids
 
     def frames(self) -> np.ndarray:

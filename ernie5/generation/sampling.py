@@ -56,8 +56,10 @@ class Sampler:
 
 def masked(logits: np.ndarray, allowed: np.ndarray) -> np.ndarray:
     """Logits [P, V], -inf where not allowed: bool [P, <= V]; classes beyond its width are not."""
-    result = np.full_like(logits, -np.inf)
-    np.copyto(result[:, : allowed.shape[1]], logits[:, : allowed.shape[1]], where=allowed)
+    width = allowed.shape[1]
+    result = np.where(allowed, logits[:, :width], -np.inf)
+    if width < logits.shape[1]:
+        result = np.pad(result, [(0, 0), (0, logits.shape[1] - width)], constant_values=-np.inf)
     return result
 
 

@@ -42,6 +42,8 @@ class Continuations:
         if parities is not None:
             _forbid_other_parities(self._next, parities)
         self._missing = _missing_tokens(self._next)
+        self._enough = int(self._missing[self._missing < NEVER].max(initial=0))  # more tokens left allow no more
+        self._tables: dict[int, np.ndarray] = {}
 
     def allowed(self, states: np.ndarray, left: int) -> np.ndarray:
         """The tokens from which the text can still be complete within ``left`` more tokens: states [P] -> bool [P, V].
@@ -49,7 +51,10 @@ class Continuations:
         The end of the text is allowed where a character is complete, other specials nowhere. Something is allowed
         wherever the tokens before were, each with ``left`` one larger than for the next.
         """
-        return self._missing[states] <= min(left, NEVER - 1)
+        left = min(left, self._enough)
+        if left not in self._tables:
+            self._tables[left] = self._missing <= left
+        return self._tables[left][states]
 
     def after(self, states: np.ndarray, ids: np.ndarray) -> np.ndarray:
         """The states once ``ids`` [P], which must be allowed, have followed: states [P] -> [P]."""
