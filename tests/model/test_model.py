@@ -184,8 +184,11 @@ def test_posterior_weights_bring_losses_to_one_interval():
     weights = model.loss_weights
     weights.train()
     model.set_loss_weights(mtp=0.0, minimum=0.5, maximum=2.0, fixed={"audio": 3.0})
+    losses = {"text": paddle.to_tensor(4.0), "image": paddle.to_tensor(1.0), "audio": paddle.to_tensor(2.0)}
+    assert float(weights(losses)) == pytest.approx(4.0 + 1.0 + 3.0 * 2.0)  # nothing observed yet
     for _ in range(3):
-        total = weights({"text": paddle.to_tensor(4.0), "image": paddle.to_tensor(1.0), "audio": paddle.to_tensor(2.0)})
+        weights.observe(losses)
+    total = weights(losses)
     middle = (4.0 * 1.0 * 2.0) ** (1 / 3)
     assert float(total) == pytest.approx(4.0 * middle / 4 + 1.0 * min(middle, 2.0) + 3.0 * 2.0 * middle / 2, rel=1e-5)
 
