@@ -5,6 +5,8 @@ Shapes: B batch, S positions of this call, M positions so far (cache included), 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import paddle
 from paddle import nn
 
@@ -132,8 +134,17 @@ class Experts(nn.Layer):
         self.down = self.create_parameter([experts, width, hidden])
         self.sub_batch = config.moe_sub_batch
 
-    def forward(self, x: paddle.Tensor, routing: Routing) -> paddle.Tensor:
-        """x [T,D] -> [T,D]. In training, at most ``sub_batch`` tokens (0: all) keep activations at a time."""
+    def forward(
+        self, x: paddle.Tensor, routing: Routing, shared: Callable[[paddle.Tensor], paddle.Tensor] | None = None
+    ) -> paddle.Tensor:
+        """x [T,D] -> [T,D], ``shared`` of every token included. At most ``sub_batch`` tokens keep activations at a time.
+
+        That is in training; 0 means all.
+        """
+        out = self.routed(x, routing)
+        return out if shared is None else add(out, shared(x))
+
+    def routed(self, x: paddle.Tensor, routing: Routing) -> paddle.Tensor:
         if not (self.training and 0 < self.sub_batch < x.shape[0]):
             return moe_ffn(x, routing.weights, routing.order, routing.offsets, self.gate_up, self.down)
         size, parts = self.sub_batch, []
@@ -169,10 +180,7 @@ class MoE(nn.Layer):
 
     def forward(self, x: paddle.Tensor, valid: paddle.Tensor) -> paddle.Tensor:
         tokens = x.reshape([-1, x.shape[-1]])
-        out = self.experts(tokens, self.router(tokens, valid.flatten()))
-        if self.shared is not None:
-            out = add(out, self.shared(tokens))
-        return out.reshape(x.shape)
+        return self.experts(tokens, self.router(tokens, valid.flatten()), self.shared).reshape(x.shape)
 
 
 class Block(nn.Layer):
