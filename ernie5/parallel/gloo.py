@@ -9,6 +9,7 @@ was tested with. It replaces names that Fleet looks up at each call; on GPUs not
 | ``reduce_scatter`` | not implemented | sum everywhere, keep the own part |
 | ``*_on_calc_stream`` | not implemented | the sum of ``_mp_allreduce`` as a plain all-reduce |
 | ``c_softmax_with_cross_entropy`` | no CPU kernel | maximum, sum and label's logit, each reduced |
+| ``ParallelEnv.device_id`` | AttributeError | 0 |
 | point-to-point between stages | numbered by the group, so three ranks hang; a send waits for its receiver | ``Neighbours`` |
 """
 
@@ -46,6 +47,7 @@ def install() -> None:
     stream.reduce_scatter = dist.stream.reduce_scatter = reduce_scatter
     mp_ops._mp_allreduce = _mp_allreduce
     mp_ops._c_softmax_with_cross_entropy = _c_softmax_with_cross_entropy
+    dist.ParallelEnv._device_id = 0
 
 
 def _new_process_group_with_store(

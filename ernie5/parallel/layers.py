@@ -10,7 +10,6 @@ from collections.abc import Callable
 
 import paddle
 import paddle.distributed as dist
-import paddle.nn.functional as F
 from paddle.autograd import PyLayer, PyLayerContext
 from paddle.distributed.communication.group import Group
 from paddle.distributed.fleet.layers.mpu import ParallelCrossEntropy, VocabParallelEmbedding
@@ -69,6 +68,8 @@ class SpreadTextLosses(TextLosses):
     """Losses of this rank's rows, through a head that may be split by vocabulary; called even where there is no row.
 
     ``group``: the tensor ranks, or None. Each rank's rows, filled up to the longest, pass through the heads of all.
+    The graph is the same whatever the counts: Paddle runs a backward breadth first, so ranks whose graphs differ in
+    depth would meet in different collectives.
     """
 
     collective = True
@@ -84,15 +85,16 @@ class SpreadTextLosses(TextLosses):
             most = paddle.to_tensor([count])
             dist.all_reduce(most, op=dist.ReduceOp.MAX, group=self.group)
             longest = int(most)
-        missing = max(longest, 1) - count
-        if missing:
-            labels = F.pad(labels, [0, missing], value=IGNORE)
-            states = paddle.concat([states, paddle.zeros([missing, states.shape[1]], states.dtype)])
+        filled = paddle.arange(max(longest, 1))
+        first, mine = paddle.clip(filled, max=count), paddle.arange(count)
+        zero = paddle.zeros([1, states.shape[1]], states.dtype)
+        states = paddle.concat([states, zero]).gather(first)
+        labels = paddle.concat([labels, paddle.full([1], IGNORE, labels.dtype)]).gather(first)
         if self.group is None:
-            return token_loss(text_logits(states, embedding), labels)[:count]
+            return token_loss(text_logits(states, embedding), labels).gather(mine)
         logits = text_logits(AllGatherOp.apply(states), embedding)
         losses = self.split_losses(logits, all_gather(labels, self.group))
-        return ScatterOp.apply(losses.reshape([-1]))[:count]
+        return ScatterOp.apply(losses.reshape([-1])).gather(mine)
 
 
 class SplitExperts(Experts):
