@@ -9,6 +9,7 @@ was tested with. It replaces names that Fleet looks up at each call; on GPUs not
 | ``reduce_scatter`` | not implemented | sum everywhere, keep the own part |
 | ``*_on_calc_stream`` | not implemented | the sum of ``_mp_allreduce`` as a plain all-reduce |
 | ``c_softmax_with_cross_entropy`` | no CPU kernel | maximum, sum and label's logit, each reduced |
+| gradient of ``c_embedding`` | adds to memory that nobody cleared | an ordinary lookup, masked |
 | ``ParallelEnv.device_id`` | AttributeError | 0 |
 | point-to-point between stages | numbered by the group, so three ranks hang; a send waits for its receiver | ``Neighbours`` |
 """
@@ -23,6 +24,7 @@ import threading
 import numpy as np
 import paddle
 import paddle.distributed as dist
+import paddle.nn.functional as F
 from paddle.autograd import PyLayer, PyLayerContext
 from paddle.base import core
 from paddle.distributed import collective
@@ -46,6 +48,7 @@ def install() -> None:
     collective._new_process_group_impl = _new_process_group_with_store
     stream.reduce_scatter = dist.stream.reduce_scatter = reduce_scatter
     mp_ops._mp_allreduce = _mp_allreduce
+    mp_ops._c_lookup_table = _c_lookup_table
     mp_ops._c_softmax_with_cross_entropy = _c_softmax_with_cross_entropy
     dist.ParallelEnv._device_id = 0
 
@@ -112,6 +115,15 @@ def _mp_allreduce(
     return _SumForward.apply(tensor, group or collective._get_default_group())
 
 
+def _c_lookup_table(
+    table: paddle.Tensor, index: paddle.Tensor, start_index: int = 0, vocab_size: int = -1, name: str | None = None
+) -> paddle.Tensor:
+    """Rows of this rank's part of the table, which begins at ``start_index``; zeros for the ids of others."""
+    here = (index >= start_index) & (index < start_index + table.shape[0])
+    safe = paddle.where(here, index - start_index, paddle.zeros_like(index))
+    return F.embedding(safe, table) * here.unsqueeze(-1).astype(table.dtype)
+
+
 class _SplitCrossEntropy(PyLayer):
     """Rows N, V/n classes here. -log softmax(logits)[label] over the classes of all ranks."""
 
@@ -139,7 +151,7 @@ class _SplitCrossEntropy(PyLayer):
     @staticmethod
     def backward(ctx: PyLayerContext, grad: paddle.Tensor) -> paddle.Tensor:
         probabilities, safe, mine, counted = ctx.saved_tensor()
-        hot = paddle.nn.functional.one_hot(safe.squeeze(-1), probabilities.shape[-1]).astype(probabilities.dtype)
+        hot = F.one_hot(safe.squeeze(-1), probabilities.shape[-1]).astype(probabilities.dtype)
         return (probabilities - hot * mine) * (grad * counted)
 
 

@@ -58,7 +58,7 @@ class Pipeline:
         self.schedule._layers.train()
         self.schedule._init_user_hooks()
         self.schedule.set_virtual_pipeline_rank(0)
-        self.schedule.forward_backward_pipeline(_Numbers(len(batches)))
+        self.schedule.forward_backward_pipeline(_Numbers(len(batches)), None)
         return self.sums
 
     # ------------------------------------------------------------------ what the layers of Fleet's pipeline are
