@@ -330,7 +330,7 @@ def parallel_problems(parallel: ParallelConfig, model: ModelConfig, trainer: Tra
             "raise parallel.pipeline or leave it at 1"
         )
     least = 2 * parallel.pipeline if parallel.virtual_stages > 1 else parallel.pipeline
-    counts = [count for _, count in trainer.batch_ramp] + [trainer.gradient_accumulation]
+    counts = [trainer.gradient_accumulation, *(entry[-1] for entry in trainer.batch_ramp if entry)]
     if parallel.pipeline > 1 and min(counts) < least:
         yield (
             f"trainer.gradient_accumulation (with batch_ramp) is {min(counts)} at the least; a pipeline of "

@@ -6,12 +6,18 @@ A stage of the pipeline holds F = data x sharding x context x tensor ranks, numb
 from __future__ import annotations
 
 import itertools
+import os
 from dataclasses import dataclass
 from functools import cached_property
 
 from ernie5.config.schema import ParallelConfig
 
 AXES = ("data", "pipeline", "sharding", "context", "tensor")  # slowest first, as Fleet numbers ranks
+
+
+def world_size() -> int:
+    """Processes of this run, as ``paddle.distributed.launch`` set them; 1 without it."""
+    return int(os.environ.get("PADDLE_TRAINERS_NUM", "1"))
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,9 @@ from paddle.distributed import fleet
 from paddle.distributed.communication.group import Group
 
 from ernie5.config.schema import ParallelConfig
-from ernie5.parallel.layout import Layout
+from ernie5.parallel.layout import Layout, world_size
 
 GLOO = "gloo"
-
-
-def world_size() -> int:
-    """Processes of this run, as ``paddle.distributed.launch`` set them; 1 without it."""
-    return int(os.environ.get("PADDLE_TRAINERS_NUM", "1"))
 
 
 class Topology:
@@ -89,7 +84,7 @@ class Topology:
 
 def _start_fleet(config: ParallelConfig, layout: Layout) -> fleet.base.topology.HybridCommunicateGroup:
     if not paddle.is_compiled_with_cuda():
-        os.environ.setdefault("PADDLE_DISTRI_BACKEND", GLOO)
+        os.environ["PADDLE_DISTRI_BACKEND"] = GLOO
     if os.environ.get("PADDLE_DISTRI_BACKEND") == GLOO:
         from ernie5.parallel import gloo
 

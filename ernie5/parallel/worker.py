@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import paddle
 import paddle.distributed as dist
+from safetensors.numpy import save_file
 
 from ernie5.config.schema import ParallelConfig
+from ernie5.files import replacing_folder
 from ernie5.model import Ernie5Config, Ernie5ForCausalLM
 from ernie5.model.losses import TERMS, total_weights
 from ernie5.parallel.batch import Batch, local_part, to_tensors
@@ -32,6 +35,15 @@ class Worker:
         self.gradients = Gradients(self.model, self.placements, names, self.topology)
         self.pipeline = Pipeline(self.model, self.topology) if parallel.pipeline > 1 else None
         self.dtype = paddle.get_default_dtype()
+
+    @property
+    def row_rank(self) -> int:
+        """Which share of the rows this rank reads, out of ``row_ranks``."""
+        return self.topology.layout.row_of(self.topology.rank)
+
+    @property
+    def row_ranks(self) -> int:
+        return self.topology.layout.rows
 
     @property
     def stage_two(self) -> bool:
@@ -112,6 +124,15 @@ class Worker:
         for router in self.model.routers():
             if self.topology.stage is not None:
                 dist.all_reduce(router.counts, group=self.topology.stage)
+
+    def save_weights(self, folder: Path) -> None:
+        """The whole model, in the format of ``save_pretrained``, in ``folder``, which is complete or absent."""
+        whole = self.gather_whole({name: value.numpy() for name, value in self.model.state_dict().items()})
+        if whole is not None:
+            with replacing_folder(folder) as partial_folder:
+                save_file(whole, partial_folder / "model.safetensors", metadata={"format": "np"})
+                self.model.config.save_pretrained(str(partial_folder))
+        dist.barrier()
 
     def gather_whole(self, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray] | None:
         """Parts by name on every rank -> whole arrays on rank 0; None elsewhere. Buffers are whole everywhere."""
