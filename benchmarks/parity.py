@@ -35,6 +35,7 @@ LAYOUTS: dict[str, tuple[int, dict]] = {  # name -> (processes, degrees)
     "pp2-virtual2": (2, {"pipeline": 2, "virtual_stages": 2}),
     "ep2": (2, {"expert": 2}),
     "ep4": (4, {"expert": 4}),
+    "ep2-overlapped": (2, {"expert": 2, "dispatcher": "all_to_all_overlapped"}),
     "zero1x2": (2, {"sharding": 2}),
     "zero2x2": (2, {"sharding": 2, "sharding_stage": 2}),
     "cp2": (2, {"context": 2}),

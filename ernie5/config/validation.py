@@ -319,7 +319,12 @@ def parallel_problems(parallel: ParallelConfig, model: ModelConfig, trainer: Tra
         ("tensor", parallel.tensor, "model.shared_expert_intermediate_size", model.shared_expert_intermediate_size),
         ("expert", parallel.expert, "model.num_experts", model.num_experts),
         ("context x tensor", ranks, "model.max_sequence_length", model.max_sequence_length),
-        ("pipeline x virtual_stages", parallel.pipeline * parallel.virtual_stages, "model.num_layers", model.num_layers),
+        (
+            "pipeline x virtual_stages",
+            parallel.pipeline * parallel.virtual_stages,
+            "model.num_layers",
+            model.num_layers,
+        ),
     )
     for name, degree, other, value in shared:
         if value % degree:

@@ -137,9 +137,9 @@ class Experts(nn.Layer):
     def forward(
         self, x: paddle.Tensor, routing: Routing, shared: Callable[[paddle.Tensor], paddle.Tensor] | None = None
     ) -> paddle.Tensor:
-        """x [T,D] -> [T,D], ``shared`` of every token included. At most ``sub_batch`` tokens keep activations at a time.
+        """x [T,D] -> [T,D], ``shared`` of every token included.
 
-        That is in training; 0 means all.
+        In training, at most ``sub_batch`` tokens (0: all) keep activations at a time.
         """
         out = self.routed(x, routing)
         return out if shared is None else add(out, shared(x))

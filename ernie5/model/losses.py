@@ -1,9 +1,9 @@
 """One loss per modality, and the posterior weighting that makes one scalar of them.
 
 Shapes: N labelled rows. All losses are means weighted by ``loss_weight``, in nats; bits are averaged over the d bits.
-A mean runs over a whole optimiser step: the model adds up weighted losses of a micro-batch and divides by the weights of
-the step (``total_weights``), which labels tell before any forward. So neither gradient accumulation nor the number of
-processes changes a gradient.
+A mean runs over a whole optimiser step: the model adds up weighted losses of a micro-batch and divides by the weights
+of the step (``total_weights``), which labels tell before any forward. So neither gradient accumulation nor the number
+of processes changes a gradient.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ class LossWeights(nn.Layer):
 
     An exponential mean of each observed loss gives w_m = clip(geometric mean of all / mean_m, minimum, maximum), a
     constant for the gradient. The report does not print a formula; this reading is ours. ``fixed`` factors multiply it.
-    ``ema`` [4] is saved with the model, so a resumed run weighs as the uninterrupted one; 0 = never observed. The losses
-    of a step are observed once, after it, so that all its micro-batches weigh alike.
+    ``ema`` [4] is saved with the model, so a resumed run weighs as the uninterrupted one; 0 = never observed. The
+    losses of a step are observed once, after it, so that all its micro-batches weigh alike.
     """
 
     def __init__(self, momentum: float = 0.98) -> None:

@@ -53,7 +53,12 @@ def global_norm(gradients: Sequence[paddle.Tensor]) -> float:
     total = 0.0
     for dtype in (paddle.float32, paddle.bfloat16, paddle.float64):
         values = [gradient for gradient in gradients if gradient.dtype == dtype]
-        if values and dtype != paddle.float64 and kernels.available("sum_of_squares") and values[0].place.is_cpu_place():
+        if (
+            values
+            and dtype != paddle.float64
+            and kernels.available("sum_of_squares")
+            and values[0].place.is_cpu_place()
+        ):
             total += float(kernels.call("sum_of_squares", [values]))
         elif values:
             wide = "float64" if dtype == paddle.float64 else "float32"

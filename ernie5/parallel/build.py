@@ -1,7 +1,7 @@
 """The part of the model that belongs to one rank: the stage's layers, and of each parameter the rank's part.
 
-The model is declared whole, without memory; what is elsewhere is taken out, what is split is swapped for Fleet's layers,
-and the rest comes into being with the values it has in every other layout.
+The model is declared whole, without memory; what is elsewhere is taken out, what is split is swapped for Fleet's
+layers, and the rest comes into being with the values it has in every other layout.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def _swap_layers(model: Ernie5ForCausalLM, topology: Topology) -> None:
             if replacement is not None:
                 owner, name = _owner(model, path)
                 setattr(owner, name, replacement)
-    for path, layer in list(model.named_sublayers()):
+    for layer in model.sublayers():
         if isinstance(layer, MoE) and degrees.expert > 1:
             dispatcher = make_dispatcher(degrees.dispatcher, topology.experts, degrees.dispatch_chunks)
             layer.experts = SplitExperts(config, dispatcher)

@@ -11,7 +11,7 @@ was tested with. It replaces names that Fleet looks up at each call; on GPUs not
 | ``c_softmax_with_cross_entropy`` | no CPU kernel | maximum, sum and label's logit, each reduced |
 | gradient of ``c_embedding`` | adds to memory that nobody cleared | an ordinary lookup, masked |
 | ``ParallelEnv.device_id`` | AttributeError | 0 |
-| point-to-point between stages | numbered by the group, so three ranks hang; a send waits for its receiver | ``Neighbours`` |
+| between stages | messages are numbered by group, so three ranks hang; a send waits for its receiver | ``Neighbours`` |
 """
 
 from __future__ import annotations

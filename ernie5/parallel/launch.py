@@ -1,7 +1,8 @@
-"""Several processes on this machine, for tests and benchmarks: free ports, output by rank, and an end that is certain."""
+"""Several processes on this machine, for tests and benchmarks: free ports, output by rank, a certain end."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -94,10 +95,8 @@ def _wait(processes: list[subprocess.Popen], timeout: float) -> str:
 
 def _kill(process: subprocess.Popen) -> None:
     """Ends the process and whatever it started."""
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
 
 

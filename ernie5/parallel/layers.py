@@ -145,4 +145,3 @@ class _GatherRows(PyLayer):
         own = paddle.empty([parts.shape[0] // ctx.group.nranks, *parts.shape[1:]], dtype=grad.dtype)
         dist.stream.reduce_scatter(own, parts, op=dist.ReduceOp.SUM, group=ctx.group)
         return own
-

@@ -90,9 +90,7 @@ class Layout:
 
     def at(self, stage: int, flat: int) -> int:
         """The rank at number ``flat`` of a stage."""
-        return next(
-            r for r, place in enumerate(self.coordinates) if place.pipeline == stage and self.flat(r) == flat
-        )
+        return next(r for r, place in enumerate(self.coordinates) if place.pipeline == stage and self.flat(r) == flat)
 
     def along(self, *axes: str) -> list[list[int]]:
         """The groups of ranks that differ in these axes alone, each ascending."""
