@@ -34,6 +34,7 @@ OPS = {  # op -> what the model uses it for
     "decode_step": "generation",
     "adamw": "optimizer",
     "sum_of_squares": "gradient clipping",
+    "exchange_start": "tokens between ranks over gloo",
 }
 
 
