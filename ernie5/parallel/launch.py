@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import socket
@@ -11,9 +12,11 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 POLL_SECONDS = 0.05
 LAST_LINES = 25
+_PR_SET_PDEATHSIG = 1
 
 
 class LaunchError(RuntimeError):
@@ -42,9 +45,7 @@ def launch(
             for rank, log in enumerate(logs):
                 own = {**variables, **_variables(rank, endpoints[1:], endpoints[0])}
                 with log.open("wb") as output:
-                    processes.append(
-                        subprocess.Popen(command, env=own, stdout=output, stderr=output, start_new_session=True)
-                    )
+                    processes.append(_start(command, own, output))
             problem = _wait(processes, timeout)
         finally:
             for process in processes:
@@ -53,6 +54,17 @@ def launch(
     if problem:
         raise LaunchError(f"{problem}\n{_tagged(outputs)}")
     return outputs
+
+
+def _start(command: Sequence[str], environment: Mapping[str, str], output: BinaryIO) -> subprocess.Popen:
+    """In a session of its own, which the kernel kills when this process dies without having killed it (Linux)."""
+    libc = ctypes.CDLL(None)
+
+    def die_with_parent() -> None:
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+    options = {"preexec_fn": die_with_parent} if hasattr(libc, "prctl") else {}
+    return subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True, **options)
 
 
 def _variables(rank: int, endpoints: list[str], master: str) -> dict[str, str]:
