@@ -72,6 +72,7 @@ def _variables(rank: int, endpoints: list[str], master: str) -> dict[str, str]:
     return {
         "PADDLE_DISTRI_BACKEND": "gloo",
         "PADDLE_TRAINER_ID": str(rank),
+        "PADDLE_RANK_IN_NODE": str(rank),
         "PADDLE_TRAINERS_NUM": str(len(endpoints)),
         "PADDLE_TRAINER_ENDPOINTS": ",".join(endpoints),
         "PADDLE_CURRENT_ENDPOINT": endpoints[rank],
