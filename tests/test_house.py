@@ -90,6 +90,14 @@ def test_configuration_and_environment_do_not_import_paddle():
     assert done.stdout.strip() == "False", done.stderr
 
 
+def test_only_the_parallel_room_talks_to_other_processes():
+    """Whatever imports ``paddle.distributed`` or Fleet elsewhere would make model code depend on a layout."""
+    pattern = re.compile(r"^\s*(from|import)\s+paddle\.distributed|paddle\.distributed\.\w+\(", re.MULTILINE)
+    files = [path for path in (ROOT / "ernie5").rglob("*.py") if pattern.search(path.read_text(encoding="utf-8"))]
+    assert files
+    assert {path.parent.name for path in files} == {"parallel"}
+
+
 def test_environment_is_set_by_the_import_and_offline():
     done = run_python("import ernie5, os, json; print(json.dumps([dict(os.environ), ernie5.environment.describe()]))")
     variables, described = json.loads(done.stdout)

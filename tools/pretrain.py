@@ -1,6 +1,7 @@
 """Pre-trains the model of a run on its coded corpus; RUN_DIR must hold tokenizers/ and data/train/.
 
     python tools/pretrain.py fleet_configs/quickstart.yaml trainer.max_steps=4000
+    python -m paddle.distributed.launch --nproc_per_node 4 --backend gloo tools/pretrain.py CONFIG parallel.tensor=2
 
 An interrupted run of the same configuration continues from its newest checkpoint, bit-equal.
 """
@@ -30,19 +31,35 @@ def main(arguments: list[str] | None = None) -> int:
 def pretrain(config: Config, choice: str = "auto") -> None:
     """Builds dataset, model and trainer from ``config`` and trains; ``choice`` as in ``ernie5.trainer.start``."""
     from ernie5.model import Ernie5Config, Ernie5ForCausalLM
+    from ernie5.parallel.layout import Layout, world_size
     from ernie5.trainer import Ernie5Trainer, record_start, start, training_arguments
 
     run_dir = Path(config.run.dir)
-    dataset = build_dataset(config, run_dir)
+    layout = Layout(config.parallel, world_size())
+    dataset = build_dataset(config, run_dir, layout.rows)
     resume = start(config, run_dir, choice)
-    model = Ernie5ForCausalLM(Ernie5Config.from_model_config(config.model), seed=config.trainer.seed)
-    trainer = Ernie5Trainer(model=model, args=training_arguments(config, run_dir), train_dataset=dataset)
-    record_start(config, run_dir, model)
+    shape, worker = Ernie5Config.from_model_config(config.model), None
+    if layout.ranks > 1:
+        from ernie5.parallel.worker import Worker
+
+        if resume:
+            raise ValueError(
+                f"{run_dir} holds a run, and several processes cannot resume one; --fresh removes it, another run.dir "
+                "keeps it"
+            )
+        worker = Worker(shape, config.parallel, seed=config.trainer.seed)
+    model = worker.model if worker else Ernie5ForCausalLM(shape, seed=config.trainer.seed)
+    args = training_arguments(config, run_dir)
+    trainer = Ernie5Trainer(model=model, args=args, train_dataset=dataset, worker=worker)
+    first = trainer.is_world_process_zero()
+    if first:
+        record_start(config, run_dir, model)
     trainer.train(resume=resume)
-    print(f"{run_dir}/checkpoints/final: weights after {config.trainer.max_steps} steps")
+    if first:
+        print(f"{run_dir}/checkpoints/final: weights after {config.trainer.max_steps} steps")
 
 
-def build_dataset(config: Config, run_dir: Path) -> object:
+def build_dataset(config: Config, run_dir: Path, readers: int = 1) -> object:
     """``PackedDataset`` over ``RUN_DIR/data/train``, which must have been coded by the run's own tokenizers."""
     from ernie5.data import CodedCorpus, PackedDataset, fingerprint
     from ernie5.tokenizers.text import TextTokenizer
@@ -55,7 +72,7 @@ def build_dataset(config: Config, run_dir: Path) -> object:
             "raise it, or train the text tokenizer anew"
         )
     corpus = CodedCorpus.load(run_dir / "data" / "train", fingerprint(tokenizers))
-    return PackedDataset(corpus, text, config, seed=config.data.seed)
+    return PackedDataset(corpus, text, config, seed=config.data.seed, readers=readers)
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:

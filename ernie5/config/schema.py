@@ -146,6 +146,21 @@ class TrainerConfig:
 
 
 @dataclass
+class ParallelConfig:
+    """How the processes of a run share the work. What is left of them after the product is data parallelism."""
+
+    tensor: int = 1  # ranks that share every matrix, and with it the tokens (sequence parallelism)
+    pipeline: int = 1  # stages
+    virtual_stages: int = 1  # pieces of the model a pipeline stage holds
+    context: int = 1  # ranks that share every row of tokens
+    sharding: int = 1  # ranks, with rows of their own, that share the optimizer's state (ZeRO)
+    sharding_stage: int = 1  # 1: optimizer state; 2: gradients too
+    expert: int = 1  # ranks that share the routed experts, out of data x sharding x context x tensor of a stage
+    dispatcher: str = "all_to_all"  # local | all_to_all | all_to_all_overlapped | deepep; expert = 1 is always local
+    dispatch_chunks: int = 4  # parts in which all_to_all_overlapped moves the tokens
+
+
+@dataclass
 class EvaluationConfig:
     items: int = 100  # held-out items a generated metric uses
     batch_size: int = 50
@@ -165,5 +180,6 @@ class Config:
     tokenizers: TokenizersConfig = field(default_factory=TokenizersConfig)
     data: DataConfig = field(default_factory=DataConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     run: RunConfig = field(default_factory=RunConfig)

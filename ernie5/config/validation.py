@@ -10,13 +10,15 @@ import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from ernie5.config.schema import Config, DataConfig, ModelConfig, TokenizersConfig, TrainerConfig
+from ernie5.config.schema import Config, DataConfig, ModelConfig, ParallelConfig, TokenizersConfig, TrainerConfig
 
 SPECIAL_IDS = 16  # reserved at the start of every vocabulary
 BYTE_IDS = 256  # the text tokenizer's alphabet
 CNN_STRIDE, PATCH = 8, 4  # pixels a latent position and an understanding patch cover in the vision tokenizer's network
 SAMPLE_RATE, FRAME_MS = 16000, 80  # of the audio codec's network
 MODALITIES = ("text", "image", "video", "audio")
+
+DISPATCHERS = ("local", "all_to_all", "all_to_all_overlapped", "deepep")
 
 ANY = float("inf")
 ABOVE_ZERO = float.fromhex("0x1p-1022")  # smallest normal float: a lower bound that excludes 0
@@ -113,6 +115,14 @@ RANGES: dict[str, tuple[float, float]] = {
     "trainer.save_steps": COUNT,
     "trainer.log_steps": COUNT,
     "trainer.seed": NATURAL,
+    "parallel.tensor": COUNT,
+    "parallel.pipeline": COUNT,
+    "parallel.virtual_stages": COUNT,
+    "parallel.context": COUNT,
+    "parallel.sharding": COUNT,
+    "parallel.sharding_stage": (1, 2),
+    "parallel.expert": COUNT,
+    "parallel.dispatch_chunks": COUNT,
     "evaluation.items": COUNT,
     "evaluation.batch_size": COUNT,
     "evaluation.text_chars": COUNT,
@@ -128,6 +138,7 @@ def validate(config: Config, source: str = "config") -> None:
         problems += _tokenizer_problems(config.tokenizers)
         problems += _data_problems(config.data)
         problems += _trainer_problems(config.trainer, config.tokenizers.vision.bits)
+        problems += parallel_problems(config.parallel, config.model, config.trainer)
         if not config.run.dir:
             problems.append("run.dir is empty; name the folder that shall hold the run, such as runs/mine")
     _raise(problems, source)
@@ -296,6 +307,46 @@ def _trainer_problems(trainer: TrainerConfig, bits: Sequence[int]) -> Iterator[s
     yield from _steps_problems("trainer.batch_ramp", trainer.batch_ramp, "accumulation")
     yield from _steps_problems("trainer.bits_schedule", trainer.bits_schedule, "bits")
     yield from _bits_problems(trainer.bits_schedule, bits)
+
+
+def parallel_problems(parallel: ParallelConfig, model: ModelConfig, trainer: TrainerConfig) -> Iterator[str]:
+    """What the degrees contradict; whether they fit the number of processes is known when those exist."""
+    ranks = parallel.context * parallel.tensor
+    shared = (
+        ("tensor", parallel.tensor, "model.num_heads", model.num_heads),
+        ("tensor", parallel.tensor, "model.num_kv_heads", model.num_kv_heads),
+        ("tensor", parallel.tensor, "model.vocab_size", model.vocab_size),
+        ("tensor", parallel.tensor, "model.shared_expert_intermediate_size", model.shared_expert_intermediate_size),
+        ("expert", parallel.expert, "model.num_experts", model.num_experts),
+        ("context x tensor", ranks, "model.max_sequence_length", model.max_sequence_length),
+        (
+            "pipeline x virtual_stages",
+            parallel.pipeline * parallel.virtual_stages,
+            "model.num_layers",
+            model.num_layers,
+        ),
+    )
+    for name, degree, other, value in shared:
+        if value % degree:
+            yield f"parallel.{name} = {degree} does not divide {other} = {value}; every rank takes an equal share"
+    if parallel.virtual_stages > 1 and parallel.pipeline == 1:
+        yield (
+            f"parallel.virtual_stages = {parallel.virtual_stages} without a pipeline; "
+            "raise parallel.pipeline or leave it at 1"
+        )
+    least = 2 * parallel.pipeline if parallel.virtual_stages > 1 else parallel.pipeline
+    counts = [trainer.gradient_accumulation, *(entry[-1] for entry in trainer.batch_ramp if entry)]
+    if parallel.pipeline > 1 and min(counts) < least:
+        yield (
+            f"trainer.gradient_accumulation (with batch_ramp) is {min(counts)} at the least; a pipeline of "
+            f"{parallel.pipeline} stages with {parallel.virtual_stages} virtual ones needs {least} micro-batches"
+        )
+    if parallel.sharding_stage == 2 and parallel.pipeline > 1:
+        yield "parallel.sharding_stage = 2 with a pipeline, whose micro-batches add up gradients; set it to 1"
+    if parallel.dispatcher not in DISPATCHERS:
+        yield f"parallel.dispatcher = {parallel.dispatcher!r} is unknown; there are {', '.join(DISPATCHERS)}"
+    elif parallel.dispatcher == "local" and parallel.expert > 1:
+        yield f"parallel.dispatcher = 'local' with parallel.expert = {parallel.expert}; choose all_to_all"
 
 
 def _steps_problems(name: str, schedule: Sequence[Sequence[int]], second: str) -> Iterator[str]:

@@ -30,12 +30,16 @@ class PackedDataset:
     draws every sample alike. Long samples come a little less often than that, since they fit the end of a row less
     often; prose, which fills it, a little more often. Prose (a sample of one text) is drawn by its length, and where
     it is longer than the row's rest, cut to a random window that fills it.
-    ``trainer.bits_schedule`` sets the width of the vision codes by the step a row belongs to.
+    ``trainer.bits_schedule`` sets the width of the vision codes by the step a row belongs to; ``readers`` processes
+    consume ``rows_per_step`` rows each of a micro-batch.
     """
 
-    def __init__(self, corpus: CodedCorpus, text_tokenizer: TextTokenizer, config: Config, seed: int = 0) -> None:
+    def __init__(
+        self, corpus: CodedCorpus, text_tokenizer: TextTokenizer, config: Config, seed: int = 0, readers: int = 1
+    ) -> None:
         self.corpus, self.text, self.seed = corpus, text_tokenizer, seed
         self.trainer = config.trainer
+        self.rows_per_micro_batch = config.trainer.rows_per_step * readers
         self.specs = {bits: LayoutSpec.from_config(config, bits=bits) for bits in config.tokenizers.vision.bits}
         self.length = config.model.max_sequence_length
         self.tasks, shares = _shares(corpus, config.data.mixture)
@@ -45,7 +49,7 @@ class PackedDataset:
 
     def __len__(self) -> int:
         """Rows of the whole run, the batch ramp included."""
-        return self.trainer.rows_per_step * sum(self.accumulation(step) for step in range(self.trainer.max_steps))
+        return self.rows_per_micro_batch * sum(self.accumulation(step) for step in range(self.trainer.max_steps))
 
     def accumulation(self, step: int) -> int:
         """Micro-batches of a step under ``trainer.batch_ramp``."""
@@ -55,7 +59,7 @@ class PackedDataset:
     def step_of(self, i: int) -> int:
         """The optimiser step that consumes row i."""
         ramp = sorted([[0, self.accumulation(0)], *(entry for entry in self.trainer.batch_ramp if entry[0] > 0)])
-        rows = self.trainer.rows_per_step
+        rows = self.rows_per_micro_batch
         for (start, count), (stop, _) in zip(ramp, [*ramp[1:], [np.inf, 0]], strict=True):
             here = (stop - start) * rows * count
             if i < here:

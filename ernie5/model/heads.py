@@ -9,7 +9,8 @@ import paddle
 from paddle import nn
 
 from ernie5.model.configuration import Ernie5Config
-from ernie5.model.layers import Block, RMSNorm
+from ernie5.model.layers import Block, Linear, RMSNorm
+from ernie5.model.losses import token_loss
 from ernie5.ops.attention import IntervalMask
 from ernie5.ops.linear import linear
 from ernie5.ops.rope import RopeTables
@@ -52,7 +53,7 @@ class MultiTokenPrediction(nn.Layer):
         super().__init__()
         self.norm_hidden = RMSNorm(config.hidden_size, config.norm_eps)
         self.norm_embed = RMSNorm(config.hidden_size, config.norm_eps)
-        self.proj = nn.Linear(2 * config.hidden_size, config.hidden_size, bias_attr=False)
+        self.proj = Linear(2 * config.hidden_size, config.hidden_size)
         self.block = Block(config)
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
 
@@ -63,12 +64,22 @@ class MultiTokenPrediction(nn.Layer):
         rope: RopeTables,
         mask: IntervalMask,
         valid: paddle.Tensor,
+        cache: object | None = None,
     ) -> paddle.Tensor:
         """hidden and next_embedding [B,S,D] -> [B,S,D], ready for the text head."""
         wide = _at_least_float32(hidden.dtype)
         parts = [self.norm_hidden(hidden).astype(wide), self.norm_embed(next_embedding).astype(wide)]
         joined = paddle.concat(parts, axis=-1).astype(hidden.dtype)
-        return self.norm(self.block(linear(joined, self.proj.weight), rope, mask, valid))
+        return self.norm(self.block(self.proj(joined), rope, mask, valid, cache))
+
+
+class TextLosses(nn.Layer):
+    """The tied text head and its losses: normed states [N,D] and labels [N] -> losses [N], in nats."""
+
+    collective = False  # whether it must be called even where there is no row
+
+    def forward(self, states: paddle.Tensor, labels: paddle.Tensor, embedding: paddle.Tensor) -> paddle.Tensor:
+        return token_loss(text_logits(states, embedding), labels)
 
 
 def text_logits(hidden: paddle.Tensor, embedding: paddle.Tensor) -> paddle.Tensor:

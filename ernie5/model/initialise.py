@@ -21,16 +21,18 @@ def initialise(model: nn.Layer, seed: int, std: float, num_layers: int) -> None:
     Matrices get ``std``, those that write into the residual stream ``std / sqrt(2 * num_layers)``; ``std = 0`` means
     1/sqrt(fan-in) for all of them.
     """
-    residual = (2 * num_layers) ** -0.5
     for name, parameter in model.named_parameters():
-        leaf = name.rsplit(".", 1)[-1]
-        if leaf == "bias":
-            value = np.zeros(parameter.shape)
-        elif len(parameter.shape) == 1:
-            value = np.ones(parameter.shape)
-        else:
-            scale = std if std > 0 else parameter.shape[-2] ** -0.5
-            if name.endswith(("o_proj.weight", "experts.down", "shared.down")):
-                scale *= residual
-            value = named_generator(name, seed).standard_normal(parameter.shape, dtype=np.float32) * scale
+        value = initial_value(name, parameter.shape, seed, std, num_layers)
         parameter.set_value(paddle.to_tensor(value.astype(str(parameter.dtype).rsplit(".", 1)[-1])))
+
+
+def initial_value(name: str, shape: list[int], seed: int, std: float, num_layers: int) -> np.ndarray:
+    """The first value of the parameter ``name``, whole."""
+    if name.rsplit(".", 1)[-1] == "bias":
+        return np.zeros(shape)
+    if len(shape) == 1:
+        return np.ones(shape)
+    scale = std if std > 0 else shape[-2] ** -0.5
+    if name.endswith(("o_proj.weight", "experts.down", "shared.down")):
+        scale *= (2 * num_layers) ** -0.5
+    return named_generator(name, seed).standard_normal(shape, dtype=np.float32) * scale

@@ -5,15 +5,17 @@ Shapes: B batch, S positions of this call, M positions so far (cache included), 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import paddle
 from paddle import nn
-from paddle.distributed.fleet.utils import recompute
 
 from ernie5.model.configuration import Ernie5Config
 from ernie5.ops.attention import IntervalMask, flashmask_attention
 from ernie5.ops.experts import dense_ffn, moe_ffn
 from ernie5.ops.linear import linear
 from ernie5.ops.norm import add, add_rms_norm, rms_norm
+from ernie5.ops.recompute import recompute
 from ernie5.ops.rope import RopeTables, uni_rope
 from ernie5.ops.route import Routing, permutation, route
 
@@ -32,6 +34,17 @@ class RMSNorm(nn.Layer):
         return add_rms_norm(x, residual, self.weight, self.eps)
 
 
+class Linear(nn.Layer):
+    """x [..., D] -> x weight [..., O], without a bias."""
+
+    def __init__(self, inner: int, outer: int) -> None:
+        super().__init__()
+        self.weight = self.create_parameter([inner, outer])
+
+    def forward(self, x: paddle.Tensor) -> paddle.Tensor:
+        return linear(x, self.weight)
+
+
 class LayerCache:
     """Keys and values [B,M,G,h] of one layer, growing with every call that carries the cache."""
 
@@ -46,16 +59,19 @@ class LayerCache:
 
 
 class Attention(nn.Layer):
-    """Grouped-query attention with Uni-RoPE under an interval mask."""
+    """Grouped-query attention with Uni-RoPE under an interval mask.
+
+    The projections say how many heads there are, and the rotary tables how many rows: the tokens may come as [B,S,D],
+    or flat as [N,D] where the projections turn N rows into the B*S of the tables.
+    """
 
     def __init__(self, config: Ernie5Config) -> None:
         super().__init__()
-        self.heads, self.groups, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
-        hidden = config.hidden_size
-        self.q_proj = nn.Linear(hidden, self.heads * self.head_dim, bias_attr=False)
-        self.k_proj = nn.Linear(hidden, self.groups * self.head_dim, bias_attr=False)
-        self.v_proj = nn.Linear(hidden, self.groups * self.head_dim, bias_attr=False)
-        self.o_proj = nn.Linear(self.heads * self.head_dim, hidden, bias_attr=False)
+        hidden, self.head_dim = config.hidden_size, config.head_dim
+        self.q_proj = Linear(hidden, config.num_heads * self.head_dim)
+        self.k_proj = Linear(hidden, config.num_kv_heads * self.head_dim)
+        self.v_proj = Linear(hidden, config.num_kv_heads * self.head_dim)
+        self.o_proj = Linear(config.num_heads * self.head_dim, hidden)
 
     def forward(
         self,
@@ -64,14 +80,16 @@ class Attention(nn.Layer):
         mask: IntervalMask,
         cache: LayerCache | None = None,
     ) -> paddle.Tensor:
-        batch, length, _ = x.shape
-        q, k = uni_rope(linear(x, self.q_proj.weight), linear(x, self.k_proj.weight), rope)
-        q = q.reshape([batch, length, self.heads, self.head_dim])
-        k = k.reshape([batch, length, self.groups, self.head_dim])
-        v = linear(x, self.v_proj.weight).reshape([batch, length, self.groups, self.head_dim])
+        batch, length, _ = rope.cos.shape
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if x.ndim == 2:
+            q, k = q.reshape([batch, length, -1]), k.reshape([batch, length, -1])
+        q, k = uni_rope(q, k, rope)
+        q, k, v = (part.reshape([batch, length, -1, self.head_dim]) for part in (q, k, v))
         if cache is not None:
             k, v = cache.append(k, v)
-        return linear(flashmask_attention(q, k, v, mask).reshape([batch, length, -1]), self.o_proj.weight)
+        out = flashmask_attention(q, k, v, mask)
+        return self.o_proj(out.reshape([batch, length, -1] if x.ndim == 3 else [batch * length, -1]))
 
 
 class Router(nn.Layer):
@@ -116,8 +134,17 @@ class Experts(nn.Layer):
         self.down = self.create_parameter([experts, width, hidden])
         self.sub_batch = config.moe_sub_batch
 
-    def forward(self, x: paddle.Tensor, routing: Routing) -> paddle.Tensor:
-        """x [T,D] -> [T,D]. In training, at most ``sub_batch`` tokens (0: all) keep activations at a time."""
+    def forward(
+        self, x: paddle.Tensor, routing: Routing, shared: Callable[[paddle.Tensor], paddle.Tensor] | None = None
+    ) -> paddle.Tensor:
+        """x [T,D] -> [T,D], ``shared`` of every token included.
+
+        In training, at most ``sub_batch`` tokens (0: all) keep activations at a time.
+        """
+        out = self.routed(x, routing)
+        return out if shared is None else add(out, shared(x))
+
+    def routed(self, x: paddle.Tensor, routing: Routing) -> paddle.Tensor:
         if not (self.training and 0 < self.sub_batch < x.shape[0]):
             return moe_ffn(x, routing.weights, routing.order, routing.offsets, self.gate_up, self.down)
         size, parts = self.sub_batch, []
@@ -153,10 +180,7 @@ class MoE(nn.Layer):
 
     def forward(self, x: paddle.Tensor, valid: paddle.Tensor) -> paddle.Tensor:
         tokens = x.reshape([-1, x.shape[-1]])
-        out = self.experts(tokens, self.router(tokens, valid.flatten()))
-        if self.shared is not None:
-            out = add(out, self.shared(tokens))
-        return out.reshape(x.shape)
+        return self.experts(tokens, self.router(tokens, valid.flatten()), self.shared).reshape(x.shape)
 
 
 class Block(nn.Layer):

@@ -1,23 +1,48 @@
 """One loss per modality, and the posterior weighting that makes one scalar of them.
 
 Shapes: N labelled rows. All losses are means weighted by ``loss_weight``, in nats; bits are averaged over the d bits.
-A mean runs over one micro-batch, whatever number of targets a modality has there; gradient accumulation averages these
-means, so a modality's relative weight shifts a little against one large batch, and one that is absent from some
-micro-batches counts less.
+A mean runs over a whole optimiser step: the model adds up weighted losses of a micro-batch and divides by the weights
+of the step (``total_weights``), which labels tell before any forward. So neither gradient accumulation nor the number
+of processes changes a gradient.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
 import paddle
 import paddle.nn.functional as F
 from paddle import nn
 
 from ernie5.ops.cross_entropy import cross_entropy
-from ernie5.sequence.vocabulary import IGNORE, MODALITIES
+from ernie5.sequence.vocabulary import IGNORE, MODALITIES, Kind
+
+TERMS = ("text", "mtp", "image", "video", "audio")  # what a forward adds up, each with its own weights
 
 
-def weighted_mean(values: paddle.Tensor, weights: paddle.Tensor) -> paddle.Tensor:
-    return (values * weights).sum() / paddle.clip(weights.sum(), min=1e-12)
+def total_weights(batches: Iterable[Mapping[str, Any]], mtp: bool = True) -> dict[str, float]:
+    """What each term's losses are divided by: the weights of its labelled positions, over all ``batches`` of a step.
+
+    ``batches`` hold the fields of ``ernie5.sequence.packing.collate``. A term without a label is absent.
+    """
+    totals = dict.fromkeys(TERMS, 0.0)
+    found = set()
+    for batch in batches:
+        weight = np.asarray(batch["loss_weight"], np.float64)
+        kind, bits = np.asarray(batch["kind"]), np.asarray(batch["labels_bits"])[..., 0] != IGNORE
+        labelled = {
+            "text": np.asarray(batch["labels_text"]) != IGNORE,
+            "mtp": (np.asarray(batch["labels_mtp"]) != IGNORE) & mtp,
+            "image": bits & (kind == Kind.IMAGE_GEN),
+            "video": bits & (kind == Kind.VIDEO_GEN),
+            "audio": np.asarray(batch["labels_audio"])[..., 0] != IGNORE,
+        }
+        for name, places in labelled.items():
+            totals[name] += float(weight[places].sum())
+            found |= {name} if places.any() else set()
+    return {name: max(totals[name], 1e-12) for name in TERMS if name in found}
 
 
 def token_loss(logits: paddle.Tensor, labels: paddle.Tensor) -> paddle.Tensor:
@@ -38,7 +63,8 @@ class LossWeights(nn.Layer):
 
     An exponential mean of each observed loss gives w_m = clip(geometric mean of all / mean_m, minimum, maximum), a
     constant for the gradient. The report does not print a formula; this reading is ours. ``fixed`` factors multiply it.
-    ``ema`` [4] is saved with the model, so a resumed run weighs as the uninterrupted one; 0 = never observed.
+    ``ema`` [4] is saved with the model, so a resumed run weighs as the uninterrupted one; 0 = never observed. The
+    losses of a step are observed once, after it, so that all its micro-batches weigh alike.
     """
 
     def __init__(self, momentum: float = 0.98) -> None:
@@ -50,16 +76,17 @@ class LossWeights(nn.Layer):
 
     def forward(self, losses: dict[str, paddle.Tensor]) -> paddle.Tensor:
         """Modality -> scalar loss (absent: not in this batch; "mtp" joins text, with its factor) -> weighted sum."""
-        if self.training:
-            self._observe(losses)
-        weights = self._weights()
-        terms = [losses[name] * weights[name] for name in MODALITIES if name in losses]
-        if "mtp" in losses:
-            terms.append(losses["mtp"] * (self.mtp * weights["text"]))
-        return paddle.add_n(terms)
+        weights = self.weights()
+        return paddle.add_n([losses[name] * weights[name] for name in TERMS if name in losses])
+
+    def weights(self) -> dict[str, float]:
+        """The factor of every term in the sum."""
+        weights = self._posterior()
+        return {**weights, "mtp": self.mtp * weights["text"]}
 
     @paddle.no_grad()
-    def _observe(self, losses: dict[str, paddle.Tensor]) -> None:
+    def observe(self, losses: Mapping[str, float]) -> None:
+        """Takes the losses of a finished step into the means."""
         ema = self.ema.numpy().copy()
         for i, name in enumerate(MODALITIES):
             if name in losses:
@@ -67,7 +94,7 @@ class LossWeights(nn.Layer):
                 ema[i] = value if ema[i] == 0 else self.momentum * ema[i] + (1 - self.momentum) * value
         self.ema.set_value(paddle.to_tensor(ema))
 
-    def _weights(self) -> dict[str, float]:
+    def _posterior(self) -> dict[str, float]:
         ema = {name: float(value) for name, value in zip(MODALITIES, self.ema.numpy(), strict=True)}
         seen = [max(value, 1e-3) for value in ema.values() if value > 0]
         if not seen:

@@ -1,34 +1,52 @@
 """``Ernie5ForCausalLM``: embeddings -> blocks -> heads; the codec heads sit between the top Q blocks (report §2.3.2).
 
-Shapes: B batch, S positions, D hidden, L layers, Q codec levels, d bits, E experts.
+Shapes: B batch, S positions, D hidden, L layers, Q codec levels, d bits, E experts. The fields of a batch, and with
+them the hidden states, may also be flat, without the axes B and S; then only ``positions`` and the intervals have rows.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import paddle
 import paddle.nn.functional as F
 from paddle import nn
-from paddle.distributed.fleet.utils import recompute
 from safetensors import SafetensorError, safe_open
 
 from ernie5.model.configuration import Ernie5Config
 from ernie5.model.decoding import new_cache
 from ernie5.model.embedding import Embedding
-from ernie5.model.heads import AudioHead, BitHead, MultiTokenPrediction, text_logits
+from ernie5.model.heads import AudioHead, BitHead, MultiTokenPrediction, TextLosses, text_logits
 from ernie5.model.initialise import initialise
 from ernie5.model.layers import Block, LayerCache, MoE, RMSNorm, to_bfloat16
-from ernie5.model.losses import LossWeights, bit_loss, token_loss, weighted_mean
+from ernie5.model.losses import LossWeights, bit_loss, token_loss, total_weights
 from ernie5.ops.attention import IntervalMask
 from ernie5.ops.decode import DecodeCache
 from ernie5.ops.norm import add
+from ernie5.ops.recompute import recompute
 from ernie5.ops.rope import RopeTables, rope_tables
 from ernie5.paddlenlp import PretrainedModel
 from ernie5.sequence.vocabulary import IGNORE, Kind, Special
 
 FLOAT32_PARTS = ("embedding.vision", "embedding.patches", "embedding.audio", "embedding.speaker")
+
+
+@dataclass
+class MicroBatch:
+    """What the blocks and heads of one forward pass read."""
+
+    batch: Mapping[str, paddle.Tensor]
+    valid: paddle.Tensor  # bool, False on padding
+    rope: RopeTables
+    mask: IntervalMask
+    at_audio: paddle.Tensor  # flat positions that generate audio
+
+    @property
+    def weight(self) -> paddle.Tensor:
+        return self.batch["loss_weight"].flatten()
 
 
 class Ernie5PretrainedModel(PretrainedModel):
@@ -44,7 +62,9 @@ class Ernie5ForCausalLM(Ernie5PretrainedModel):
     """One model that reads and predicts text, images, video and audio.
 
     ``forward(**batch)`` takes the batch fields of ``ernie5.sequence.packing.collate`` and returns ``loss``, ``losses``
-    (text, mtp, image, video, audio, those present) and ``tokens`` (positions that are not padding).
+    (text, mtp, image, video, audio, those present) and ``tokens`` (positions that are not padding). ``context`` may
+    hold keys and values of positions that are elsewhere: ``append(k, v)`` as a cache does it, and ``start(S)``, the
+    first row that is here.
     """
 
     def __init__(self, config: Ernie5Config, seed: int = 0) -> None:
@@ -55,6 +75,8 @@ class Ernie5ForCausalLM(Ernie5PretrainedModel):
         self.bit_head = BitHead(config)
         self.audio_heads = nn.LayerList([AudioHead(config) for _ in range(config.audio_levels)])
         self.mtp = MultiTokenPrediction(config) if config.mtp_depth else None
+        self.text_losses = TextLosses()
+        self.context = None
         self.loss_weights = LossWeights()
         if not _is_lazy(self.norm.weight):
             self.initialise(seed)
@@ -143,66 +165,80 @@ class Ernie5ForCausalLM(Ernie5PretrainedModel):
 
     # ------------------------------------------------------------------ training
 
-    def forward(self, **batch: paddle.Tensor) -> dict[str, object]:
-        valid = batch["input_ids"] != Special.PAD
-        rope, mask = self._context(batch["positions"], batch["attention_intervals"], 0)
-        hidden = self.embed(batch)
-        labels_audio = batch["labels_audio"]
-        at_audio = paddle.nonzero(labels_audio[..., 0].flatten() != IGNORE).flatten()
-        has_audio = at_audio.shape[0] > 0
-        codes = labels_audio.reshape([-1, labels_audio.shape[-1]]).gather(at_audio) if has_audio else None
-        audio_losses: list[paddle.Tensor] = []
-        top = len(self.layers) - self.config.audio_levels
-        for i, block in enumerate(self.layers):
-            hidden = self._run_block(block, hidden, rope, mask, valid)
-            if i >= top and has_audio:
-                level = i - top
-                rows = hidden.reshape([-1, hidden.shape[-1]]).gather(at_audio)
-                audio_losses.append(token_loss(self.audio_logits(rows, level), codes[:, level]))
-                if i + 1 < len(self.layers):
-                    hidden = add(hidden, self.audio_feedback(labels_audio[..., level], level).astype(hidden.dtype))
-        losses = self._losses(hidden, batch)
-        if has_audio:
-            weights = batch["loss_weight"].flatten().gather(at_audio)
-            losses["audio"] = weighted_mean(paddle.stack(audio_losses, -1).mean(-1), weights)
-        if not losses:
+    def forward(self, total: Mapping[str, float] | None = None, **batch: paddle.Tensor) -> dict[str, object]:
+        """``total``: ``total_weights`` of the step of which this is a micro-batch; without it, of this batch alone."""
+        total = total_weights([batch], self.mtp is not None) if total is None else total
+        micro = self.open(batch)
+        hidden, sums = self.embed(batch), {}
+        for i in range(len(self.layers)):
+            hidden = self.run_block(i, hidden, micro, sums)
+        self.add_head_losses(hidden, micro, sums)
+        if not sums:
             raise ValueError("the batch has no labelled position; every row must hold at least one target")
-        return {"loss": self.loss_weights(losses), "losses": losses, "tokens": valid.sum()}
+        losses = {name: value / total[name] for name, value in sums.items()}
+        return {"loss": self.loss_weights(losses), "losses": losses, "tokens": micro.valid.sum()}
 
-    def _run_block(
-        self, block: Block, hidden: paddle.Tensor, rope: RopeTables, mask: IntervalMask, valid: paddle.Tensor
+    def open(self, batch: Mapping[str, paddle.Tensor]) -> MicroBatch:
+        """What ``run_block`` and ``add_head_losses`` share."""
+        rope, mask = self._context(batch["positions"], batch["attention_intervals"], self._first_row(batch))
+        at_audio = paddle.nonzero(batch["labels_audio"][..., 0].flatten() != IGNORE).flatten()
+        return MicroBatch(batch, batch["input_ids"] != Special.PAD, rope, mask, at_audio)
+
+    def run_block(
+        self, i: int, hidden: paddle.Tensor, micro: MicroBatch, sums: dict[str, paddle.Tensor]
     ) -> paddle.Tensor:
-        if not (self.config.recompute and self.training):
-            return block(hidden, rope, mask, valid)
-        return _recompute(block, hidden, rope, mask, valid)
+        """Block ``i`` and the codec head behind it, whose weighted losses are added to ``sums["audio"]``."""
+        hidden = self._run(self.layers[i], hidden, micro.rope, micro.mask, micro.valid)
+        level = i - (len(self.layers) - self.config.audio_levels)
+        if level < 0 or not micro.at_audio.shape[0]:
+            return hidden
+        labels = micro.batch["labels_audio"]
+        rows = hidden.reshape([-1, hidden.shape[-1]]).gather(micro.at_audio)
+        codes = labels.reshape([-1, labels.shape[-1]]).gather(micro.at_audio)[:, level]
+        losses = token_loss(self.audio_logits(rows, level), codes)
+        added = (losses * micro.weight.gather(micro.at_audio)).sum() / self.config.audio_levels
+        sums["audio"] = sums["audio"] + added if "audio" in sums else added
+        if i + 1 < len(self.layers):
+            hidden = add(hidden, self.audio_feedback(labels[..., level], level).astype(hidden.dtype))
+        return hidden
 
-    def _losses(self, hidden: paddle.Tensor, batch: dict[str, paddle.Tensor]) -> dict[str, paddle.Tensor]:
-        losses = {}
-        flat = hidden.reshape([-1, hidden.shape[-1]])
-        weight = batch["loss_weight"].flatten()
-
-        def at(labels: paddle.Tensor) -> paddle.Tensor:
-            return paddle.nonzero(labels != IGNORE).flatten()
-
+    def add_head_losses(self, hidden: paddle.Tensor, micro: MicroBatch, sums: dict[str, paddle.Tensor]) -> None:
+        """Adds the weighted losses of every other head, those with a label here, to ``sums``."""
+        flat, batch, weight = hidden.reshape([-1, hidden.shape[-1]]), micro.batch, micro.weight
+        must = self.text_losses.collective
         labels = batch["labels_text"].flatten()
-        rows = at(labels)
-        if rows.shape[0]:
-            values = token_loss(self.text_logits(flat.gather(rows)), labels.gather(rows))
-            losses["text"] = weighted_mean(values, weight.gather(rows))
+        rows = _labelled(labels)
+        if rows.shape[0] or must:
+            self._add_text("text", self.norm(flat.gather(rows)), labels.gather(rows), weight.gather(rows), sums)
         if self.mtp is not None:
             labels = batch["labels_mtp"].flatten()
-            rows = at(labels)
-            if rows.shape[0]:
-                logits = text_logits(self._ahead(flat, batch, rows), self.embedding.tokens.weight)
-                losses["mtp"] = weighted_mean(token_loss(logits, labels.gather(rows)), weight.gather(rows))
+            rows = _labelled(labels)
+            if "mtp_intervals" in batch:
+                states = self._ahead_everywhere(hidden, labels, batch).gather(rows)
+                self._add_text("mtp", states, labels.gather(rows), weight.gather(rows), sums)
+            elif rows.shape[0]:
+                states = self._ahead(flat, batch, rows)
+                self._add_text("mtp", states, labels.gather(rows), weight.gather(rows), sums)
         labels = batch["labels_bits"].reshape([-1, self.config.vision_bits])
         kind = batch["kind"].flatten()
         for name, wanted in (("image", Kind.IMAGE_GEN), ("video", Kind.VIDEO_GEN)):
             rows = paddle.nonzero((labels[:, 0] != IGNORE) & (kind == int(wanted))).flatten()
             if rows.shape[0]:
                 values = bit_loss(self.bit_logits(flat.gather(rows)), labels.gather(rows))
-                losses[name] = weighted_mean(values, weight.gather(rows))
-        return losses
+                sums[name] = (values * weight.gather(rows)).sum()
+
+    def _add_text(
+        self, name: str, states: paddle.Tensor, labels: paddle.Tensor, weight: paddle.Tensor, sums: dict
+    ) -> None:
+        losses = self.text_losses(states, labels, self.embedding.tokens.weight)
+        sums[name] = (losses * weight).sum()
+
+    def _run(
+        self, block: Block, hidden: paddle.Tensor, rope: RopeTables, mask: IntervalMask, valid: paddle.Tensor
+    ) -> paddle.Tensor:
+        if not (self.config.recompute and self.training):
+            return block(hidden, rope, mask, valid, self.context)
+        return _recompute(block, hidden, rope, mask, valid, self.context)
 
     def _ahead(self, flat: paddle.Tensor, batch: dict[str, paddle.Tensor], rows: paddle.Tensor) -> paddle.Tensor:
         """MTP states [N,D] of the positions ``rows`` [N] (flat, ascending) of the last block's output ``flat`` [B*S,D].
@@ -226,11 +262,27 @@ class Ernie5ForCausalLM(Ernie5PretrainedModel):
         state = self.mtp(flat.gather(rows).unsqueeze(0), self.embedding.tokens(ahead).unsqueeze(0), rope, mask, every)
         return state.squeeze(0)
 
+    def _ahead_everywhere(
+        self, hidden: paddle.Tensor, labels: paddle.Tensor, batch: Mapping[str, paddle.Tensor]
+    ) -> paddle.Tensor:
+        """The same states at every position [N,D], for rows of which only a part is here.
+
+        ``mtp_intervals`` hide the positions without a label, and ``next_ids`` are the tokens that follow.
+        """
+        rope, mask = self._context(batch["positions"], batch["mtp_intervals"], self._first_row(batch))
+        labelled = (labels != IGNORE).reshape(batch["input_ids"].shape)
+        state = self.mtp(hidden, self.embedding.tokens(batch["next_ids"]), rope, mask, labelled, self.context)
+        return state.reshape([-1, state.shape[-1]])
+
+    def _first_row(self, batch: Mapping[str, paddle.Tensor]) -> int:
+        return 0 if self.context is None else self.context.start(batch["positions"].shape[1])
+
     def _context(
         self, positions: paddle.Tensor, intervals: paddle.Tensor, query_start: int
     ) -> tuple[RopeTables, IntervalMask]:
         config = self.config
-        dtype = self.layers[0].moe.router.weight.dtype  # float32 in a bfloat16 model too
+        router = next(layer.moe.router for layer in self.layers if isinstance(layer, Block))
+        dtype = router.weight.dtype  # float32 in a bfloat16 model too
         rope = rope_tables(positions.astype(dtype), config.head_dim, config.rope_base, config.rope_pattern)
         return rope, IntervalMask(intervals, positions.shape[1], query_start)
 
@@ -284,8 +336,17 @@ def _is_lazy(parameter: paddle.Tensor) -> bool:
     return not parameter._is_initialized()
 
 
+def _labelled(labels: paddle.Tensor) -> paddle.Tensor:
+    return paddle.nonzero(labels != IGNORE).flatten()
+
+
 def _recompute(
-    block: Block, hidden: paddle.Tensor, rope: RopeTables, mask: IntervalMask, valid: paddle.Tensor
+    block: Block,
+    hidden: paddle.Tensor,
+    rope: RopeTables,
+    mask: IntervalMask,
+    valid: paddle.Tensor,
+    context: object | None,
 ) -> paddle.Tensor:
     """Block without kept activations; its router does not count the second pass."""
     router, passes = block.moe.router, []
@@ -293,7 +354,7 @@ def _recompute(
     def run(x: paddle.Tensor) -> paddle.Tensor:
         router.recomputing = bool(passes)
         passes.append(None)
-        out = block(x, rope, mask, valid)
+        out = block(x, rope, mask, valid, context)
         router.recomputing = False
         return out
 

@@ -51,12 +51,18 @@ def adamw_step(tensors: AdamWTensors, betas: tuple[float, float], epsilon: float
 def global_norm(gradients: Sequence[paddle.Tensor]) -> float:
     """The 2-norm of all gradients together; infinite or NaN where one of them is."""
     total = 0.0
-    for dtype in (paddle.float32, paddle.bfloat16):
+    for dtype in (paddle.float32, paddle.bfloat16, paddle.float64):
         values = [gradient for gradient in gradients if gradient.dtype == dtype]
-        if values and kernels.available("sum_of_squares") and values[0].place.is_cpu_place():
+        if (
+            values
+            and dtype != paddle.float64
+            and kernels.available("sum_of_squares")
+            and values[0].place.is_cpu_place()
+        ):
             total += float(kernels.call("sum_of_squares", [values]))
         elif values:
-            total += float(paddle.add_n([(value.astype("float32") ** 2).sum() for value in values]))
+            wide = "float64" if dtype == paddle.float64 else "float32"
+            total += float(paddle.add_n([(value.astype(wide) ** 2).sum() for value in values]))
     return total**0.5
 
 

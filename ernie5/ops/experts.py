@@ -50,7 +50,7 @@ class _Dispatch(PyLayer):
     def backward(ctx: PyLayerContext, grad: paddle.Tensor):
         p = ctx.permutation
         flat = _with_zero_row(grad.reshape([-1, grad.shape[-1]]))
-        return paddle.gather(flat, p.slot).reshape([p.tokens, p.top_k, -1]).sum(1)
+        return paddle.gather(flat, p.slot).reshape([p.tokens, p.top_k, grad.shape[-1]]).sum(1)
 
 
 class _Combine(PyLayer):
@@ -60,7 +60,7 @@ class _Combine(PyLayer):
     def forward(ctx: PyLayerContext, rows: paddle.Tensor, weights: paddle.Tensor, permutation: _Padded):
         p = permutation
         picked = paddle.gather(_with_zero_row(rows.reshape([-1, rows.shape[-1]])), p.slot)
-        picked = picked.reshape([p.tokens, p.top_k, -1])
+        picked = picked.reshape([p.tokens, p.top_k, rows.shape[-1]])
         ctx.permutation = p
         ctx.save_for_backward(picked, weights)
         return paddle.matmul(weights.unsqueeze(1), picked).squeeze(1)

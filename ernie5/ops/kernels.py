@@ -36,6 +36,7 @@ OPS = {  # op -> what the model uses it for
     "decode_step": "generation",
     "adamw": "optimizer",
     "sum_of_squares": "gradient clipping",
+    "exchange_start": "tokens between ranks over gloo",
 }
 ON_GPU = frozenset(  # the ops whose bindings call CUDA kernels
     {

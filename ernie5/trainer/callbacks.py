@@ -40,7 +40,10 @@ class Schedules(TrainerCallback):
 
 
 class RouterBalance(TrainerCallback):
-    """Aux-loss-free balancing (report §2.1; arXiv 2408.15664) after every update, from the counts of its forwards."""
+    """Aux-loss-free balancing (report §2.1; arXiv 2408.15664) after every update, from the counts of its forwards.
+
+    The weights of the losses follow in the same way what was observed in the step.
+    """
 
     def __init__(self, trainer: Ernie5Trainer) -> None:
         self.trainer = trainer
@@ -48,8 +51,13 @@ class RouterBalance(TrainerCallback):
     def on_optimizer_end(
         self, args: Ernie5TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        self.trainer.interval.add_load(self.trainer.model.expert_load())
-        self.trainer.model.update_router_bias(args.router_bias_speed)
+        trainer = self.trainer
+        if trainer.worker is not None:
+            trainer.worker.sum_router_counts()
+        trainer.interval.add_load(trainer.model.expert_load())
+        trainer.model.update_router_bias(args.router_bias_speed)
+        losses = trainer.step_meter.losses
+        trainer.model.loss_weights.observe({name.removeprefix("loss/"): value for name, value in losses.items()})
 
 
 class StepLog(TrainerCallback):

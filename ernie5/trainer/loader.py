@@ -11,6 +11,7 @@ import multiprocessing
 import pickle
 import signal
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from itertools import count
 from multiprocessing.connection import Connection
@@ -27,7 +28,8 @@ class RowLoader:
 
     Micro-batch k of a group of ``world`` processes is rows ``start_row + k * world * rows ...``, of which process
     ``rank`` takes its share in order. A dataset with a length is repeated. ``workers`` = 0 builds in this process.
-    ``last_rows`` holds the row numbers of the batch last given out, ``cursor`` the next row of the whole group.
+    ``last_rows`` holds the row numbers of the batch last given out, ``cursor`` the next row of the whole group, and
+    ``upcoming`` shows batches before they are given out.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class RowLoader:
         self.rows, self.start_row, self.rank, self.world = rows, start_row, rank, world
         self.length = len(dataset) if hasattr(dataset, "__len__") else None
         self.given = 0
+        self._ahead: deque[Batch] = deque()
         self.last_rows: list[int] = []
         self._processes: list[multiprocessing.process.BaseProcess] = []
         self._readers: list[Connection] = []
@@ -58,11 +61,19 @@ class RowLoader:
         return self
 
     def __next__(self) -> Batch:
-        rows = self.rows_of(self.given)
-        batch = self._receive(self.given % len(self._readers)) if self._readers else self.build(rows)
-        self.last_rows = rows
+        (batch,) = self.upcoming(1)
+        self._ahead.popleft()
+        self.last_rows = self.rows_of(self.given)
         self.given += 1
         return batch
+
+    def upcoming(self, count: int) -> list[Batch]:
+        """The next ``count`` batches, in order; they stay to be given out."""
+        while len(self._ahead) < count:
+            number = self.given + len(self._ahead)
+            rows = self.rows_of(number)
+            self._ahead.append(self._receive(number) if self._readers else self.build(rows))
+        return list(self._ahead)[:count]
 
     def rows_of(self, micro_batch: int) -> list[int]:
         """Row numbers of this process in the ``micro_batch``-th batch of this loader."""
@@ -108,20 +119,21 @@ class RowLoader:
         except BrokenPipeError:
             return
 
-    def _receive(self, worker: int) -> Batch:
+    def _receive(self, micro_batch: int) -> Batch:
+        worker = micro_batch % len(self._readers)
         try:
             kind, value = pickle.loads(self._readers[worker].recv_bytes())
         except EOFError:
             self._processes[worker].join()
             code = self._processes[worker].exitcode
             raise RuntimeError(
-                f"loader process {worker} ended with code {code} while building rows {self.rows_of(self.given)}; "
+                f"loader process {worker} ended with code {code} while building rows {self.rows_of(micro_batch)}; "
                 "a negative code is the signal that killed it (-9: most likely out of memory)"
             ) from None
         if kind == "bad input":
             raise ValueError(value)
         if kind == "failure":
-            raise RuntimeError(f"loader process {worker} failed at rows {self.rows_of(self.given)}:\n{value}")
+            raise RuntimeError(f"loader process {worker} failed at rows {self.rows_of(micro_batch)}:\n{value}")
         return value
 
 

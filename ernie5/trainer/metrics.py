@@ -28,23 +28,23 @@ def load_metrics(load: np.ndarray) -> dict[str, np.ndarray]:
 
 
 class StepMeter:
-    """Collects the micro-batches of one step: losses (mean over those that had the modality) and tokens."""
+    """Collects the micro-batches of one step: their shares of the step's losses, which add up, and tokens."""
 
     def __init__(self) -> None:
-        self.losses: dict[str, list[float]] = defaultdict(list)
+        self.losses: dict[str, float] = defaultdict(float)
         self.tokens = 0
         self.rows: list[int] = []
         self.started = time.perf_counter()
 
     def add(self, losses: dict[str, float], tokens: int, rows: list[int]) -> None:
         for name, value in losses.items():
-            self.losses[name].append(value)
+            self.losses[name] += value
         self.tokens += tokens
         self.rows += rows
 
     def finish(self) -> dict[str, float]:
         """The record of the step, and a fresh start."""
-        record = {name: sum(values) / len(values) for name, values in self.losses.items()}
+        record = dict(self.losses)
         elapsed = time.perf_counter() - self.started
         record |= {"tokens": self.tokens, "tokens_per_second": round(self.tokens / elapsed, 1)}
         self.__init__()

@@ -23,17 +23,19 @@ class GuardedClip(nn.ClipGradByGlobalNorm):
     """Measures the global norm before every update and scales to ``clip_norm`` where it is larger (<= 0: never).
 
     ``norm`` keeps the last norm; if it is not finite, ``refuse(norm)`` is called before any parameter changes and must
-    raise. ``FusedAdamW`` takes the factor alone; called as a clip, it scales the gradients in place.
+    raise. ``FusedAdamW`` takes the factor alone; called as a clip, it scales the gradients in place. ``measure`` gives
+    the norm of (parameter, gradient) pairs where these are not all there are.
     """
 
     def __init__(self, clip_norm: float, refuse: Callable[[float], None]) -> None:
         super().__init__(clip_norm)
         self.refuse = refuse
         self.norm = 0.0
+        self.measure: Callable[[list[tuple[paddle.Tensor, paddle.Tensor]]], float] = _norm
 
     def clip_factor(self, params_grads: list[tuple[paddle.Tensor, paddle.Tensor]]) -> float:
         """What every gradient is to be multiplied by; 1 below ``clip_norm``."""
-        self.norm = global_norm([grad for _, grad in params_grads])
+        self.norm = self.measure(params_grads)
         if not 0.0 <= self.norm < float("inf"):
             self.refuse(self.norm)
         return self.clip_norm / self.norm if 0 < self.clip_norm < self.norm else 1.0
@@ -46,6 +48,10 @@ class GuardedClip(nn.ClipGradByGlobalNorm):
             for _, grad in clipped:
                 grad.scale_(factor)
         return params_grads
+
+
+def _norm(params_grads: list[tuple[paddle.Tensor, paddle.Tensor]]) -> float:
+    return global_norm([grad for _, grad in params_grads])
 
 
 def build_optimizer(

@@ -11,6 +11,7 @@ import numpy as np
 import paddle
 
 from ernie5.files import replacing_folder
+from ernie5.model.losses import total_weights
 from ernie5.paddlenlp import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 from ernie5.trainer import checkpoint as ckpt
 from ernie5.trainer.arguments import Ernie5TrainingArguments
@@ -29,6 +30,7 @@ class Ernie5Trainer(Trainer):
     ``model(**batch)`` returns ``{"loss": scalar, "losses": {name: scalar}, "tokens": count}``; ``train_dataset[i]`` is
     a pure function of i. ``data_collator`` makes a dict of numpy arrays of a list of rows (default: the packed batch of
     ``ernie5.sequence``). ``train(resume=True)`` continues bit-equal from the newest checkpoint, or starts without one.
+    ``worker`` (``ernie5.parallel.worker``) does the steps where several processes train; ``model`` is then its part.
     """
 
     def __init__(
@@ -38,7 +40,9 @@ class Ernie5Trainer(Trainer):
         train_dataset: Any,
         data_collator: Callable[[list], Mapping[str, np.ndarray]] | None = None,
         callbacks: Sequence[TrainerCallback] = (),
+        worker: Any = None,
     ) -> None:
+        self.worker = worker
         self.run_dir = Path(args.output_dir)
         self.first_accumulation = args.gradient_accumulation_steps
         self.loader: RowLoader | None = None
@@ -110,8 +114,8 @@ class Ernie5Trainer(Trainer):
             self.data_collator,
             rows=self.args.per_device_train_batch_size,
             start_row=self._first_row,
-            rank=self.args.dataset_rank,
-            world=self.args.dataset_world_size,
+            rank=self.worker.row_rank if self.worker else 0,
+            world=self.worker.row_ranks if self.worker else 1,
             workers=self.args.dataloader_num_workers,
         )
         return self.loader
@@ -133,22 +137,38 @@ class Ernie5Trainer(Trainer):
         args = self.args
         if self.optimizer is None:
             betas = (args.adam_beta1, args.adam_beta2)
-            self.optimizer = build_optimizer(
+            optimizer = build_optimizer(
                 self.model, self.lr_scheduler, betas, args.adam_epsilon, args.weight_decay, self.clip
             )
+            self.optimizer = self.worker.optimizer(optimizer) if self.worker else optimizer
         return self.optimizer
+
+    def _wrap_model(self, model: paddle.nn.Layer, training: bool = True) -> paddle.nn.Layer:
+        """Nothing: the worker adds up gradients, and its model is split already."""
+        return model
 
     # ------------------------------------------------------------------ one step
 
     def training_step(
         self, model: paddle.nn.Layer, inputs: Mapping[str, np.ndarray], step_control: int = 0
     ) -> paddle.Tensor:
-        """Forward and backward of one micro-batch; the loss of a step is the mean over its micro-batches."""
+        """Forward and backward of one micro-batch, whose losses are its share of the step's.
+
+        With a worker the first call does the whole step.
+        """
         if not model.training:
             model.train()
         self._batch, self._learning_rate = inputs, self.lr_scheduler.last_lr
+        if step_control == 0:
+            step = [inputs, *self.loader.upcoming(self.args.gradient_accumulation_steps - 1)]
+            if self.worker:
+                return self._whole_step(step)
+            self._total = total_weights(step, model.config.mtp_depth > 0)
+        elif self.worker:
+            self.step_meter.add({}, 0, self.loader.last_rows)
+            return paddle.zeros([])
         with self.autocast_smart_context_manager():
-            outputs = model(**{name: paddle.to_tensor(value) for name, value in inputs.items()})
+            outputs = model(total=self._total, **{name: paddle.to_tensor(value) for name, value in inputs.items()})
         loss = outputs["loss"]
         losses = {"loss": loss, **{f"loss/{name}": value for name, value in outputs["losses"].items()}}
         values = paddle.stack([value.detach().astype("float32").reshape([]) for value in losses.values()]).tolist()
@@ -156,9 +176,17 @@ class Ernie5Trainer(Trainer):
         self.step_meter.add(losses, int(outputs["tokens"]), self.loader.last_rows)
         if not np.isfinite(values).all():
             self._refuse("loss", losses)
-        loss = loss / self.args.gradient_accumulation_steps
         loss.backward()
         return loss.detach()
+
+    def _whole_step(self, batches: list[Mapping[str, np.ndarray]]) -> paddle.Tensor:
+        found = self.worker.forward_backward(batches)
+        tokens = int(found.pop("tokens"))
+        losses = {name if name == "loss" else f"loss/{name}": value for name, value in found.items()}
+        self.step_meter.add(losses, tokens, self.loader.last_rows)
+        if not np.isfinite(list(losses.values())).all():
+            self._refuse("loss", losses)
+        return paddle.to_tensor(losses["loss"])
 
     def finish_step(self) -> dict[str, float]:
         """Closes the record of the step just taken; it is kept as ``record`` and for the next interval."""
@@ -179,6 +207,8 @@ class Ernie5Trainer(Trainer):
     def _refuse(self, quantity: str, values: dict[str, float]) -> NoReturn:
         """Leaves the dump and raises: nothing of this step has reached the parameters."""
         step, rows = self.state.global_step + 1, list(self.step_meter.rows)
+        if not self.is_world_process_zero():
+            raise NonFiniteError(f"step {step}: {quantity} is not finite; the first process says more")
         path = dump(self.run_dir, step, quantity, values, rows, self.loader, self._batch)
         shown = ", ".join(f"{name} {value}" for name, value in values.items())
         raise NonFiniteError(
@@ -190,10 +220,15 @@ class Ernie5Trainer(Trainer):
 
     def save_model(self, output_dir: str | Path, merge_tensor_parallel: bool = False) -> None:
         """``model.save_pretrained`` into ``output_dir``, which is complete or absent."""
+        if self.worker:
+            self.worker.save_weights(Path(output_dir))
+            return
         with replacing_folder(output_dir) as folder:
             self.model.save_pretrained(str(folder), safe_serialization=True)
 
     def _save_checkpoint(self, model: paddle.nn.Layer, metrics: dict | None = None) -> None:
+        if self.worker:
+            return  # of several processes, the weights at the end are all that is saved
         step = self.state.global_step
         self.state.consumed_samples = self.loader.cursor
         with replacing_folder(ckpt.checkpoints_dir(self.run_dir) / f"step-{step}") as folder:

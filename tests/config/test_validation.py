@@ -101,6 +101,18 @@ def test_a_value_below_its_bound_is_named(name):
         ({"trainer.bits_schedule": [[5, 16]]}, "trainer.bits_schedule begins at step 5"),
         ({"trainer.bits_schedule": [[0, 8]]}, "trainer.bits_schedule ends with 8 bits; it must end with 16"),
         ({"run.dir": ""}, "run.dir is empty"),
+        ({"parallel.tensor": 3}, "parallel.tensor = 3 does not divide model.num_heads = 4"),
+        ({"parallel.expert": 5}, "parallel.expert = 5 does not divide model.num_experts = 32"),
+        ({"parallel.pipeline": 4}, "pipeline x virtual_stages = 4 does not divide model.num_layers = 6"),
+        ({"parallel.pipeline": 2}, "gradient_accumulation .* is 1 at the least; a pipeline of 2 stages .* needs 2"),
+        ({"parallel.virtual_stages": 2}, "parallel.virtual_stages = 2 without a pipeline"),
+        ({"parallel.context": 5}, "context x tensor = 5 does not divide model.max_sequence_length = 256"),
+        ({"parallel.dispatcher": "mail"}, "parallel.dispatcher = 'mail' is unknown"),
+        ({"parallel.dispatcher": "local", "parallel.expert": 2}, "dispatcher = 'local' with parallel.expert = 2"),
+        (
+            {"parallel.sharding_stage": 2, "parallel.pipeline": 2, "trainer.gradient_accumulation": 2},
+            "parallel.sharding_stage = 2 with a pipeline",
+        ),
     ],
 )
 def test_contradictions_are_spelled_out(changes, wanted):

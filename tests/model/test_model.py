@@ -7,6 +7,7 @@ from safetensors.numpy import load_file, save_file
 
 from ernie5.config import num_params
 from ernie5.model import Ernie5ForCausalLM
+from ernie5.model.losses import total_weights
 from ernie5.ops import kernels
 from ernie5.sequence.parts import Sample, Text
 from ernie5.sequence.vocabulary import IGNORE, Special
@@ -184,10 +185,38 @@ def test_posterior_weights_bring_losses_to_one_interval():
     weights = model.loss_weights
     weights.train()
     model.set_loss_weights(mtp=0.0, minimum=0.5, maximum=2.0, fixed={"audio": 3.0})
+    losses = {"text": paddle.to_tensor(4.0), "image": paddle.to_tensor(1.0), "audio": paddle.to_tensor(2.0)}
+    assert float(weights(losses)) == pytest.approx(4.0 + 1.0 + 3.0 * 2.0)  # nothing observed yet
     for _ in range(3):
-        total = weights({"text": paddle.to_tensor(4.0), "image": paddle.to_tensor(1.0), "audio": paddle.to_tensor(2.0)})
+        weights.observe(losses)
+    total = weights(losses)
     middle = (4.0 * 1.0 * 2.0) ** (1 / 3)
     assert float(total) == pytest.approx(4.0 * middle / 4 + 1.0 * min(middle, 2.0) + 3.0 * 2.0 * middle / 2, rel=1e-5)
+
+
+@pytest.mark.parametrize("term", ["text", "mtp", "image", "video", "audio"])
+def test_accumulation_changes_no_gradient_of_any_term(term):
+    """Rows one by one, divided by the weights of all, against the rows together; terms have unlike counts in them."""
+    made = samples(np.random.default_rng(3))
+    rows = [
+        [made["text"], made["audio_gen"]],
+        [made["image_gen"], made["audio_und"]],
+        [made["video_gen"]],
+        [made["image_und"]],
+    ]
+    gradients = []
+    for batches in ([batch_of(rows)], [batch_of([row]) for row in rows]):
+        model = tiny_model()
+        total = total_weights(batches)
+        assert total.keys() == {"text", "mtp", "image", "video", "audio"}
+        for batch in batches:
+            losses = model(total=total, **batch)["losses"]
+            if term in losses:
+                losses[term].backward()
+        gradients.append({name: p.grad.numpy() for name, p in model.named_parameters() if p.grad is not None})
+    for name, together in gradients[0].items():  # what a term does not depend on has no gradient, or zeros
+        np.testing.assert_allclose(gradients[1].get(name, 0.0 * together), together, atol=1e-12, err_msg=name)
+    assert gradients[1].keys() <= gradients[0].keys()
 
 
 @pytest.mark.parametrize("option", [{"recompute": True}, {"moe_sub_batch": 5}, {"recompute": True, "moe_sub_batch": 7}])

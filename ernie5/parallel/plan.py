@@ -1,0 +1,103 @@
+"""The plan: what is split over which ranks, by parameter name. One table, applied to the single-device model.
+
+``split`` and ``join`` are the two directions between a whole parameter and the parts of its ranks.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from paddle.distributed.communication.group import Group
+
+    from ernie5.parallel.topology import Topology
+
+
+class Kind(Enum):
+    COLUMN = "outputs over the tensor ranks"
+    GATED_COLUMN = "outputs over the tensor ranks, gate and up alike"
+    ROW = "inputs over the tensor ranks"
+    VOCAB = "rows of the vocabulary over the tensor ranks"
+    EXPERT = "experts over the expert ranks"
+    REPLICATE = "the same on every rank"
+
+
+PLAN: tuple[tuple[str, Kind], ...] = (  # first match wins
+    ("*attention.q_proj.weight", Kind.COLUMN),
+    ("*attention.k_proj.weight", Kind.COLUMN),
+    ("*attention.v_proj.weight", Kind.COLUMN),
+    ("*attention.o_proj.weight", Kind.ROW),
+    ("*moe.shared.gate_up", Kind.GATED_COLUMN),
+    ("*moe.shared.down", Kind.ROW),
+    ("*moe.experts.gate_up", Kind.EXPERT),
+    ("*moe.experts.down", Kind.EXPERT),
+    ("embedding.tokens.weight", Kind.VOCAB),
+    ("*", Kind.REPLICATE),
+)
+_AXIS = {Kind.COLUMN: 1, Kind.ROW: 0, Kind.VOCAB: 0, Kind.EXPERT: 0}
+TIED_TEXT, TIED_AUDIO = "embedding.tokens.weight", "embedding.audio.weight"
+
+
+def kind_of(name: str) -> Kind:
+    """What the plan says of the parameter ``name``."""
+    return next(kind for pattern, kind in PLAN if fnmatch.fnmatchcase(name, pattern))
+
+
+def split(kind: Kind, whole: np.ndarray, part: int, parts: int) -> np.ndarray:
+    """Part ``part`` of ``parts`` of a whole parameter; a view where it can be."""
+    if kind is Kind.REPLICATE or parts == 1:
+        return whole
+    if kind is Kind.GATED_COLUMN:
+        return np.concatenate([np.split(half, parts, 1)[part] for half in np.split(whole, 2, 1)], 1)
+    return np.split(whole, parts, _AXIS[kind])[part]
+
+
+def join(kind: Kind, parts: list[np.ndarray]) -> np.ndarray:
+    """The whole parameter of its parts, in order."""
+    if kind is Kind.REPLICATE or len(parts) == 1:
+        return parts[0]
+    if kind is Kind.GATED_COLUMN:
+        halves = [np.split(part, 2, 1) for part in parts]
+        return np.concatenate([np.concatenate([pair[i] for pair in halves], 1) for i in range(2)], 1)
+    return np.concatenate(parts, _AXIS[kind])
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where the parts and the copies of one parameter are, seen from this rank."""
+
+    name: str  # global
+    kind: Kind
+    part: int
+    parts: int
+    replicas: Group | None  # ranks of this stage that hold the same part and see other tokens
+    owners: Group | None  # those of them at the same place of the sharding axis
+    shardable: bool  # whether the sharding ranks hold the same part, and may share its optimizer state
+    tied: Group | None  # ranks of other stages that hold the same part
+    copies: int  # ranks of the whole run that hold this part
+
+
+def placement(name: str, topology: Topology) -> Placement:
+    """Raises nothing: the plan's last line matches every name."""
+    kind, layout, config = kind_of(name), topology.layout, topology.config
+    tied, stages = None, 1
+    if name == TIED_TEXT:
+        tied, stages = topology.tied_text, len(topology.text_stages)
+    elif name == TIED_AUDIO:
+        tied, stages = topology.tied_audio, len(topology.audio_stages)
+    if kind is Kind.EXPERT and config.expert > 1:
+        part = layout.flat(topology.rank) % config.expert
+        copies = layout.stage_ranks // config.expert
+        return Placement(name, kind, part, config.expert, topology.expert_replicas, None, False, None, copies)
+    if kind in (Kind.REPLICATE, Kind.EXPERT) or config.tensor == 1:
+        copies = layout.stage_ranks * stages
+        return Placement(name, kind, 0, 1, topology.stage, topology.owners, True, tied, copies)
+    copies = layout.stage_ranks // config.tensor * stages
+    place = topology.place.tensor
+    groups = topology.split_replicas, topology.split_owners
+    return Placement(name, kind, place, config.tensor, *groups, True, tied, copies)

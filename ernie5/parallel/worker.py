@@ -1,0 +1,149 @@
+"""``Worker``: one process of a run. It holds its part of the model and does its part of every step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import paddle
+import paddle.distributed as dist
+from safetensors.numpy import save_file
+
+from ernie5.config.schema import ParallelConfig
+from ernie5.files import replacing_folder
+from ernie5.model import Ernie5Config, Ernie5ForCausalLM
+from ernie5.model.losses import TERMS, total_weights
+from ernie5.parallel.batch import Batch, local_part, to_tensors
+from ernie5.parallel.build import local_model
+from ernie5.parallel.gradients import Gradients
+from ernie5.parallel.optimizer import ShardedOptimizer, measure_norm
+from ernie5.parallel.pipeline import Pipeline
+from ernie5.parallel.plan import join, kind_of
+from ernie5.parallel.topology import Topology
+
+
+class Worker:
+    """``model`` is this rank's part, under the names of the whole; ``topology`` says where it stands."""
+
+    def __init__(self, config: Ernie5Config, parallel: ParallelConfig, seed: int = 0) -> None:
+        self.topology = Topology(parallel, config.num_layers, config.audio_levels)
+        self.model, self.placements = local_model(config, self.topology, seed)
+        with paddle.LazyGuard():
+            names = [name for name, _ in Ernie5ForCausalLM(config).named_parameters()]
+        self.gradients = Gradients(self.model, self.placements, names, self.topology)
+        self.pipeline = Pipeline(self.model, self.topology) if parallel.pipeline > 1 else None
+        self.dtype = paddle.get_default_dtype()
+
+    @property
+    def row_rank(self) -> int:
+        """Which share of the rows this rank reads, out of ``row_ranks``."""
+        return self.topology.layout.row_of(self.topology.rank)
+
+    @property
+    def row_ranks(self) -> int:
+        return self.topology.layout.rows
+
+    @property
+    def stage_two(self) -> bool:
+        return self.topology.sharding is not None and self.topology.config.sharding_stage == 2
+
+    def optimizer(self, optimizer: paddle.optimizer.Optimizer) -> paddle.optimizer.Optimizer | ShardedOptimizer:
+        """What to step in place of ``optimizer``, which was built for the parameters of ``model``.
+
+        Its clip, if it has a ``measure``, sees the norm of the whole run.
+        """
+        clip = optimizer._grad_clip
+        if hasattr(clip, "measure"):
+            clip.measure = partial(measure_norm, self.gradients, self.topology)
+        if self.topology.sharding is None:
+            return optimizer
+        return ShardedOptimizer(optimizer, self.gradients, self.topology)
+
+    def total_weights(self, batches: Sequence[Batch]) -> dict[str, float]:
+        """What the losses of a step are divided by; ``batches`` are the micro-batches of this rank's rows."""
+        place = self.topology.place
+        counts = place.pipeline == place.context == place.tensor == 0
+        own = total_weights(batches, self.model.config.mtp_depth > 0) if counts else {}
+        values = [own.get(name, 0.0) for name in TERMS]
+        summed = self.topology.sum_over_world(paddle.to_tensor(values, "float64")).tolist()
+        return {name: value for name, value in zip(TERMS, summed, strict=True) if value > 0}
+
+    def forward_backward(self, batches: Sequence[Batch]) -> dict[str, float]:
+        """Forward and backward of a step's micro-batches, this rank's rows whole; gradients are ready for the step.
+
+        Returns the losses of the step: each term's, and ``loss``, their weighted sum; and ``tokens``, not padding.
+        """
+        total = self.total_weights(batches)
+        divisors = {name: total.get(name, 1.0) for name in TERMS}
+        parts = [to_tensors(local_part(batch, self.topology), self.dtype) for batch in batches]
+        if self.pipeline is not None:
+            sums = self.pipeline.forward_backward(parts, divisors)
+            self.gradients.finish()
+        else:
+            sums = self._one_after_another(parts, divisors)
+            self.gradients.finish(collected=self.stage_two)
+        return self._report(sums, total, batches)
+
+    def _one_after_another(
+        self, parts: Sequence[Mapping[str, paddle.Tensor]], divisors: Mapping[str, float]
+    ) -> dict[str, paddle.Tensor]:
+        sums: dict[str, paddle.Tensor] = {}
+        for part in parts:
+            outputs = self.model(total=divisors, **part)
+            outputs["loss"].backward()
+            for name, value in outputs["losses"].items():
+                value = value.detach() * divisors[name]
+                sums[name] = sums[name] + value if name in sums else value
+            if self.stage_two:
+                self.gradients.collect()
+        return sums
+
+    def _report(
+        self, sums: Mapping[str, paddle.Tensor], total: Mapping[str, float], batches: Sequence[Batch]
+    ) -> dict[str, float]:
+        place = self.topology.place
+        reads = place.pipeline == place.context == place.tensor == 0
+        tokens = sum(int(np.count_nonzero(batch["input_ids"])) for batch in batches) if reads else 0
+        values = [float(sums[name]) if name in sums else 0.0 for name in TERMS] + [float(tokens)]
+        *values, tokens = self.topology.sum_over_world(paddle.to_tensor(values, "float64")).tolist()
+        losses = {name: value / total[name] for name, value in zip(TERMS, values, strict=True) if name in total}
+        weights = self.model.loss_weights.weights()
+        loss = sum(weights[name] * value for name, value in losses.items())
+        return {"loss": loss, **losses, "tokens": tokens}
+
+    def finish_step(self, losses: Mapping[str, float], router_bias_speed: float) -> None:
+        """After the update: observes the step's losses and balances the routers from the counts of all ranks."""
+        self.model.loss_weights.observe(losses)
+        self.sum_router_counts()
+        self.model.update_router_bias(router_bias_speed)
+
+    def sum_router_counts(self) -> None:
+        """Every rank of a stage has the counts of all."""
+        for router in self.model.routers():
+            if self.topology.stage is not None:
+                dist.all_reduce(router.counts, group=self.topology.stage)
+
+    def save_weights(self, folder: Path) -> None:
+        """The whole model, in the format of ``save_pretrained``, in ``folder``, which is complete or absent."""
+        whole = self.gather_whole({name: value.numpy() for name, value in self.model.state_dict().items()})
+        if whole is not None:
+            with replacing_folder(folder) as partial_folder:
+                save_file(whole, partial_folder / "model.safetensors", metadata={"format": "np"})
+                self.model.config.save_pretrained(str(partial_folder))
+        dist.barrier()
+
+    def gather_whole(self, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray] | None:
+        """Parts by name on every rank -> whole arrays on rank 0; None elsewhere. Buffers are whole everywhere."""
+        part_of = {name: where.part for name, where in self.placements.items()}
+        mine = {name: (part_of.get(name, 0), value) for name, value in values.items()}
+        gathered: list[dict[str, tuple[int, np.ndarray]]] = []
+        dist.all_gather_object(gathered, mine)
+        if self.topology.rank:
+            return None
+        parts: dict[str, dict[int, np.ndarray]] = {}
+        for rank in gathered:
+            for name, (part, value) in rank.items():
+                parts.setdefault(name, {}).setdefault(part, value)
+        return {name: join(kind_of(name), [by[i] for i in sorted(by)]) for name, by in parts.items()}
