@@ -146,6 +146,20 @@ class TrainerConfig:
 
 
 @dataclass
+class ParallelConfig:
+    """Degrees of every axis. data degree = processes / (tensor * pipeline * context * sharding)."""
+
+    tensor: int = 1  # attention heads, vocabulary and, outside attention, the sequence are split over so many ranks
+    pipeline: int = 1  # stages
+    virtual_stages: int = 1  # chunks of blocks that each stage holds (interleaved schedule)
+    expert: int = 1  # ranks that share the routed experts, out of data x sharding x context x tensor of one stage
+    context: int = 1  # parts of the sequence
+    sharding: int = 1  # ZeRO degree, part of the data-parallel ranks
+    sharding_stage: int = 1  # 1: optimizer state | 2: gradients too
+    dispatcher: str = "all_to_all"  # local | all_to_all | all_to_all_overlapped | deepep
+
+
+@dataclass
 class EvaluationConfig:
     items: int = 100  # held-out items a generated metric uses
     batch_size: int = 50
@@ -165,5 +179,6 @@ class Config:
     tokenizers: TokenizersConfig = field(default_factory=TokenizersConfig)
     data: DataConfig = field(default_factory=DataConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     run: RunConfig = field(default_factory=RunConfig)

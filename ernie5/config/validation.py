@@ -17,6 +17,7 @@ BYTE_IDS = 256  # the text tokenizer's alphabet
 CNN_STRIDE, PATCH = 8, 4  # pixels a latent position and an understanding patch cover in the vision tokenizer's network
 SAMPLE_RATE, FRAME_MS = 16000, 80  # of the audio codec's network
 MODALITIES = ("text", "image", "video", "audio")
+DISPATCHERS = ("local", "all_to_all", "all_to_all_overlapped", "deepep")
 
 ANY = float("inf")
 ABOVE_ZERO = float.fromhex("0x1p-1022")  # smallest normal float: a lower bound that excludes 0
@@ -113,6 +114,13 @@ RANGES: dict[str, tuple[float, float]] = {
     "trainer.save_steps": COUNT,
     "trainer.log_steps": COUNT,
     "trainer.seed": NATURAL,
+    "parallel.tensor": COUNT,
+    "parallel.pipeline": COUNT,
+    "parallel.virtual_stages": COUNT,
+    "parallel.expert": COUNT,
+    "parallel.context": COUNT,
+    "parallel.sharding": COUNT,
+    "parallel.sharding_stage": (1, 2),
     "evaluation.items": COUNT,
     "evaluation.batch_size": COUNT,
     "evaluation.text_chars": COUNT,
@@ -128,6 +136,9 @@ def validate(config: Config, source: str = "config") -> None:
         problems += _tokenizer_problems(config.tokenizers)
         problems += _data_problems(config.data)
         problems += _trainer_problems(config.trainer, config.tokenizers.vision.bits)
+        problems += _division_problems(config)
+        problems += _pipeline_problems(config)
+        problems += _dispatcher_problems(config)
         if not config.run.dir:
             problems.append("run.dir is empty; name the folder that shall hold the run, such as runs/mine")
     _raise(problems, source)
@@ -296,6 +307,62 @@ def _trainer_problems(trainer: TrainerConfig, bits: Sequence[int]) -> Iterator[s
     yield from _steps_problems("trainer.batch_ramp", trainer.batch_ramp, "accumulation")
     yield from _steps_problems("trainer.bits_schedule", trainer.bits_schedule, "bits")
     yield from _bits_problems(trainer.bits_schedule, bits)
+
+
+def _division_problems(config: Config) -> Iterator[str]:
+    """What a degree splits must come out even."""
+    model, parallel = config.model, config.parallel
+    splits = (
+        ("tensor", parallel.tensor, "model.num_heads", model.num_heads, "attention heads"),
+        ("tensor", parallel.tensor, "model.num_kv_heads", model.num_kv_heads, "key/value heads"),
+        ("tensor", parallel.tensor, "model.vocab_size", model.vocab_size, "the rows of the token table"),
+        ("expert", parallel.expert, "model.num_experts", model.num_experts, "routed experts"),
+    )
+    for name, degree, key, size, what in splits:
+        if size % degree:
+            yield f"parallel.{name} = {degree} does not divide {key} = {size}; each rank holds as many of {what}"
+    parts = parallel.context * parallel.tensor
+    if model.max_sequence_length % parts:
+        yield (
+            f"parallel.context x parallel.tensor = {parts} does not divide model.max_sequence_length = "
+            f"{model.max_sequence_length}; each rank holds as many positions"
+        )
+
+
+def _pipeline_problems(config: Config) -> Iterator[str]:
+    parallel, trainer = config.parallel, config.trainer
+    chunks = parallel.pipeline * parallel.virtual_stages
+    if chunks > config.model.num_layers:
+        yield (
+            f"parallel.pipeline x parallel.virtual_stages = {chunks} is above model.num_layers = "
+            f"{config.model.num_layers}; each chunk of a stage needs a block"
+        )
+    if parallel.virtual_stages == 1:
+        return
+    if parallel.pipeline == 1:
+        yield (
+            f"parallel.virtual_stages = {parallel.virtual_stages} but parallel.pipeline = 1; "
+            "only a pipeline's stages can hold several chunks"
+        )
+    for accumulation in {trainer.gradient_accumulation, *(entry[-1] for entry in trainer.batch_ramp if entry)}:
+        if accumulation % parallel.pipeline:
+            yield (
+                f"parallel.virtual_stages = {parallel.virtual_stages} takes micro-batches in turns of "
+                f"parallel.pipeline = {parallel.pipeline}, which does not divide an accumulation of {accumulation}"
+            )
+
+
+def _dispatcher_problems(config: Config) -> Iterator[str]:
+    parallel = config.parallel
+    if parallel.dispatcher not in DISPATCHERS:
+        yield f"parallel.dispatcher = {parallel.dispatcher!r} is unknown; there are {', '.join(DISPATCHERS)}"
+    elif parallel.expert > 1 and parallel.dispatcher == "local":
+        yield f"parallel.dispatcher = 'local' keeps tokens on their rank but parallel.expert = {parallel.expert}"
+    if parallel.sharding_stage > 1 and parallel.sharding == 1:
+        yield (
+            f"parallel.sharding_stage = {parallel.sharding_stage} but parallel.sharding = 1; "
+            "set the number of ranks that share optimizer state and gradients"
+        )
 
 
 def _steps_problems(name: str, schedule: Sequence[Sequence[int]], second: str) -> Iterator[str]:
