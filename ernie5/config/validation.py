@@ -312,44 +312,40 @@ def _trainer_problems(trainer: TrainerConfig, bits: Sequence[int]) -> Iterator[s
 def _division_problems(config: Config) -> Iterator[str]:
     """What a degree splits must come out even."""
     model, parallel = config.model, config.parallel
+    parts, chunks = parallel.context * parallel.tensor, parallel.pipeline * parallel.virtual_stages
     splits = (
-        ("tensor", parallel.tensor, "model.num_heads", model.num_heads, "attention heads"),
-        ("tensor", parallel.tensor, "model.num_kv_heads", model.num_kv_heads, "key/value heads"),
-        ("tensor", parallel.tensor, "model.vocab_size", model.vocab_size, "the rows of the token table"),
-        ("expert", parallel.expert, "model.num_experts", model.num_experts, "routed experts"),
+        ("tensor", parallel.tensor, "num_heads"),
+        ("tensor", parallel.tensor, "num_kv_heads"),
+        ("tensor", parallel.tensor, "vocab_size"),
+        ("tensor", parallel.tensor, "shared_expert_intermediate_size"),
+        ("expert", parallel.expert, "num_experts"),
+        ("context x tensor", parts, "max_sequence_length"),
+        ("pipeline x virtual_stages", chunks, "num_layers"),
     )
-    for name, degree, key, size, what in splits:
+    for name, degree, key in splits:
+        size = getattr(model, key)
         if size % degree:
-            yield f"parallel.{name} = {degree} does not divide {key} = {size}; each rank holds as many of {what}"
-    parts = parallel.context * parallel.tensor
-    if model.max_sequence_length % parts:
-        yield (
-            f"parallel.context x parallel.tensor = {parts} does not divide model.max_sequence_length = "
-            f"{model.max_sequence_length}; each rank holds as many positions"
-        )
+            yield f"parallel.{name} = {degree} does not divide model.{key} = {size}; every rank takes an equal share"
 
 
 def _pipeline_problems(config: Config) -> Iterator[str]:
     parallel, trainer = config.parallel, config.trainer
-    chunks = parallel.pipeline * parallel.virtual_stages
-    if chunks > config.model.num_layers:
-        yield (
-            f"parallel.pipeline x parallel.virtual_stages = {chunks} is above model.num_layers = "
-            f"{config.model.num_layers}; each chunk of a stage needs a block"
-        )
-    if parallel.virtual_stages == 1:
-        return
-    if parallel.pipeline == 1:
+    if parallel.virtual_stages > 1 and parallel.pipeline == 1:
         yield (
             f"parallel.virtual_stages = {parallel.virtual_stages} but parallel.pipeline = 1; "
-            "only a pipeline's stages can hold several chunks"
+            "only the stages of a pipeline hold several chunks"
         )
-    for accumulation in {trainer.gradient_accumulation, *(entry[-1] for entry in trainer.batch_ramp if entry)}:
-        if accumulation % parallel.pipeline:
-            yield (
-                f"parallel.virtual_stages = {parallel.virtual_stages} takes micro-batches in turns of "
-                f"parallel.pipeline = {parallel.pipeline}, which does not divide an accumulation of {accumulation}"
-            )
+    if parallel.pipeline == 1:
+        return
+    least = parallel.pipeline * (2 if parallel.virtual_stages > 1 else 1)
+    fewest = min([trainer.gradient_accumulation, *(entry[-1] for entry in trainer.batch_ramp if entry)])
+    if fewest < least:
+        yield (
+            f"trainer.gradient_accumulation (with batch_ramp) is {fewest} at the least; {parallel.pipeline} stages of "
+            f"{parallel.virtual_stages} chunks need {least} micro-batches"
+        )
+    if parallel.sharding_stage == 2:
+        yield "parallel.sharding_stage = 2 with a pipeline, whose micro-batches add up whole gradients; set it to 1"
 
 
 def _dispatcher_problems(config: Config) -> Iterator[str]:
