@@ -29,7 +29,7 @@ from benchmarks import common, worker  # noqa: E402
 from ernie5.config import Config, ModelConfig, ParallelConfig, TrainerConfig, model_preset  # noqa: E402
 from ernie5.planning import Plan, load_machine, make_plan  # noqa: E402
 
-STEPS = 4
+STEPS = 3
 TIME_LIMIT = 300  # seconds of one run
 CLEAR = 1.1  # ratio of two measured times from which their order is expected to be predicted
 GIVE_BACK = {"ERNIE5_KEEP_ALLOCATOR": "0", "MALLOC_MMAP_THRESHOLD_": "65536"}
@@ -125,7 +125,7 @@ def micro_batches(rows: Sequence[dict[str, Any]], count: int) -> list[dict[str, 
 
 
 def measure(run: Run) -> dict[str, float]:
-    """Bytes above a process that trained next to nothing, the same as Paddle's allocator counts them, and seconds of a step."""
+    """Bytes above a process that trained next to nothing, resident and as Paddle counts them, and seconds of a step."""
     from ernie5.ops import kernels  # before paddle  # isort: skip
 
     from paddle.base import core

@@ -20,7 +20,7 @@ from ernie5.planning.layout import Layout, micro_batches, ranks_of_a_token
 from ernie5.planning.machine import Precision
 from ernie5.planning.shards import held_by_block, held_by_stage, owned_by_stage
 
-BATCH_BYTES = 84  # of one position: five int64 fields, three float32 positions, four int32 intervals, a float32 weight
+BATCH_BYTES = 72  # of one position: five int64 fields, three float32 positions, four int32 intervals, a float32 weight
 MILD_SKEW = 2.0  # the busiest rank's experts receive so many times their share
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+
+from tqdm import tqdm
 
 from ernie5.config import Config, ParallelConfig
 from ernie5.planning.layout import Layout, micro_batches
@@ -34,16 +37,18 @@ def search(name: str, config: Config, machine: Machine, world: int, memory: floa
         machine = dataclasses.replace(machine, memory=whole)
     rows = config.trainer.rows_per_step * micro_batches(config.trainer)
     rows *= Layout.of(config.parallel, 0 if world % _ranks(config.parallel) else world).batch_ranks
-    fitting, closest, tried = [], None, 0
-    for candidate in _candidates(config, machine, world, rows):
-        tried += 1
+    candidates = list(_candidates(config, machine, world, rows))
+    fitting, closest = [], None
+    for candidate in tqdm(candidates, "layouts", leave=False, disable=None):  # silent where nobody looks
         plan = make_plan(name, candidate, machine, world, quick=True)
         if plan.fits:
             fitting.append(plan)
         elif closest is None or plan.needed(plan.fullest.memory) < closest.needed(closest.fullest.memory):
             closest = plan
     fitting.sort(key=lambda plan: (plan.time.total, plan.needed(plan.fullest.memory)))
-    return Found([make_plan(name, plan.config, machine, world) for plan in _distinct(fitting, keep)], tried, closest)
+    return Found(
+        [make_plan(name, plan.config, machine, world) for plan in _distinct(fitting, keep)], len(candidates), closest
+    )
 
 
 def overrides(config: Config) -> list[str]:
@@ -87,27 +92,30 @@ def _candidates(config: Config, machine: Machine, world: int, rows: int) -> Iter
 
 
 def _layouts(config: Config, machine: Machine, world: int) -> Iterator[ParallelConfig]:
+    """Degrees with every number of expert ranks and of chunks; the sharding ranks are all that read rows."""
     model, given = config.model, config.parallel
-    for tensor in _divisors(world):
-        split = (model.num_heads, model.num_kv_heads, model.vocab_size, model.shared_expert_intermediate_size)
-        if any(size % tensor for size in (*split, model.max_sequence_length)):
+    for tensor, pipeline, context in _splits(config, machine, world):
+        sharding = world // (tensor * pipeline * context)
+        for expert in _divisors(math.gcd(world // pipeline, model.num_experts)):
+            dispatcher = given.dispatcher if given.dispatcher != "local" or expert == 1 else "all_to_all"
+            for virtual in _chunk_counts(model.num_layers, pipeline):
+                yield ParallelConfig(tensor, pipeline, virtual, expert, context, sharding, 1, dispatcher)
+
+
+def _splits(config: Config, machine: Machine, world: int) -> Iterator[tuple[int, int, int]]:
+    """(tensor, pipeline, context) that divide the model; tensor ranks share a node, short sequences stay whole."""
+    m = config.model
+    widest = world if machine.shared else machine.devices_per_node
+    length, long = m.max_sequence_length, m.max_sequence_length >= LONG
+    for tensor in _divisors(
+        math.gcd(m.num_heads, m.num_kv_heads, m.vocab_size, m.shared_expert_intermediate_size, world)
+    ):
+        if tensor > widest or length % tensor:
             continue
-        if tensor > machine.devices_per_node and not machine.shared:
-            continue
-        for pipeline in _divisors(world // tensor):
-            if model.num_layers % pipeline:
-                continue
-            for context in _divisors(world // (tensor * pipeline)):
-                if context > 1 and (model.max_sequence_length < LONG or model.max_sequence_length % (context * tensor)):
-                    continue
-                stage_ranks = world // pipeline
-                for expert in _divisors(stage_ranks):
-                    if model.num_experts % expert:
-                        continue
-                    dispatcher = given.dispatcher if given.dispatcher != "local" or expert == 1 else "all_to_all"
-                    for virtual in _chunk_counts(model.num_layers, pipeline):
-                        sharding = stage_ranks // (tensor * context)
-                        yield ParallelConfig(tensor, pipeline, virtual, expert, context, sharding, 1, dispatcher)
+        for pipeline in _divisors(math.gcd(world // tensor, m.num_layers)):
+            for context in _divisors(world // (tensor * pipeline)) if long else [1]:
+                if length % (context * tensor) == 0:
+                    yield tensor, pipeline, context
 
 
 def _chunk_counts(layers: int, pipeline: int) -> list[int]:
