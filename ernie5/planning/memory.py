@@ -178,6 +178,11 @@ class StageMemory:
 
     # ------------------------------------------------------------------ the peak of a step
 
+    @property
+    def work_of_heads(self) -> int:
+        """Gradient of the logits; three such matrices where the CPU adds up a loss over parts of the vocabulary."""
+        return self.logits * (self.bytes.split_loss if self.layout.tensor > 1 else 1) if self.last else 0
+
     @cached_property
     def work_of_block(self) -> int:
         """Beyond what is kept while a block's experts run backward: rows [R*K,D] and three of [R*K,F], in- and output.
@@ -209,7 +214,7 @@ class StageMemory:
         ``gradients`` and ``activations`` are those of that moment.
         """
         moments = [(self.gradients, self.micro_batches * self.fields, self.summed_copy)]
-        head = self.logits if self.last else 0
+        head = self.work_of_heads
         if self.layout.sharding_stage == 2 and self.micro_batches > 1:
             own = self.owned.total * self.bytes.gradient
             moments += [(own, self.activations, head), *self._backward(own)]

@@ -99,7 +99,15 @@ def _layouts(config: Config, machine: Machine, world: int) -> Iterator[ParallelC
         for expert in _divisors(math.gcd(world // pipeline, model.num_experts)):
             dispatcher = given.dispatcher if given.dispatcher != "local" or expert == 1 else "all_to_all"
             for virtual in _chunk_counts(model.num_layers, pipeline):
-                yield ParallelConfig(tensor, pipeline, virtual, expert, context, sharding, 1, dispatcher)
+                yield ParallelConfig(
+                    tensor=tensor,
+                    pipeline=pipeline,
+                    virtual_stages=virtual,
+                    expert=expert,
+                    context=context,
+                    sharding=sharding,
+                    dispatcher=dispatcher,
+                )
 
 
 def _splits(config: Config, machine: Machine, world: int) -> Iterator[tuple[int, int, int]]:
