@@ -1,6 +1,13 @@
 """Typed configuration: dataclasses, the strict YAML loader, presets, and what a model costs before it is built."""
 
-from ernie5.config.counting import ParameterCount, flops_per_token, num_params
+from ernie5.config.counting import (
+    ParameterCount,
+    block_flops,
+    flops_per_token,
+    head_flops,
+    num_params,
+    parameter_shapes,
+)
 from ernie5.config.loader import dump_config, load_config
 from ernie5.config.preset import PRESETS, model_preset
 from ernie5.config.schema import (
@@ -9,6 +16,7 @@ from ernie5.config.schema import (
     DataConfig,
     EvaluationConfig,
     ModelConfig,
+    ParallelConfig,
     RunConfig,
     TextTokenizerConfig,
     TokenizersConfig,
@@ -24,17 +32,21 @@ __all__ = [
     "DataConfig",
     "EvaluationConfig",
     "ModelConfig",
+    "ParallelConfig",
     "ParameterCount",
     "RunConfig",
     "TextTokenizerConfig",
     "TokenizersConfig",
     "TrainerConfig",
     "VisionTokenizerConfig",
+    "block_flops",
     "dump_config",
     "flops_per_token",
+    "head_flops",
     "load_config",
     "model_preset",
     "num_params",
+    "parameter_shapes",
     "validate",
     "validate_model",
 ]

@@ -17,7 +17,6 @@ BYTE_IDS = 256  # the text tokenizer's alphabet
 CNN_STRIDE, PATCH = 8, 4  # pixels a latent position and an understanding patch cover in the vision tokenizer's network
 SAMPLE_RATE, FRAME_MS = 16000, 80  # of the audio codec's network
 MODALITIES = ("text", "image", "video", "audio")
-
 DISPATCHERS = ("local", "all_to_all", "all_to_all_overlapped", "deepep")
 
 ANY = float("inf")
@@ -347,6 +346,11 @@ def parallel_problems(parallel: ParallelConfig, model: ModelConfig, trainer: Tra
         yield f"parallel.dispatcher = {parallel.dispatcher!r} is unknown; there are {', '.join(DISPATCHERS)}"
     elif parallel.dispatcher == "local" and parallel.expert > 1:
         yield f"parallel.dispatcher = 'local' with parallel.expert = {parallel.expert}; choose all_to_all"
+    if parallel.sharding_stage > 1 and parallel.sharding == 1:
+        yield (
+            f"parallel.sharding_stage = {parallel.sharding_stage} but parallel.sharding = 1; "
+            "set the number of ranks that share optimizer state and gradients"
+        )
 
 
 def _steps_problems(name: str, schedule: Sequence[Sequence[int]], second: str) -> Iterator[str]:

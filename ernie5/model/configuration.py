@@ -14,10 +14,11 @@ class Ernie5Config(PretrainedConfig):
     model_type = "ernie5"
 
     def __init__(self, **kwargs: object) -> None:
-        for name, default in asdict(ModelConfig()).items():
-            setattr(self, name, kwargs.pop(name, default))
+        shape = {name: kwargs.pop(name, default) for name, default in asdict(ModelConfig()).items()}
         kwargs["tie_word_embeddings"] = False  # the text head multiplies by the embedding itself; nothing to re-tie
         super().__init__(**kwargs)
+        for name, value in shape.items():  # last: PaddleNLP has a ``recompute`` of its own, off unless told
+            setattr(self, name, value)
 
     @classmethod
     def from_model_config(cls, config: ModelConfig) -> Ernie5Config:

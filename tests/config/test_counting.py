@@ -7,19 +7,19 @@ import math
 
 import pytest
 
-from ernie5.config import PRESETS, ModelConfig, flops_per_token, model_preset, num_params
+from ernie5.config import PRESETS, ModelConfig, flops_per_token, model_preset, num_params, parameter_shapes
 from ernie5.config.preset import PRESET_DIR
 
 
-def built_sizes(model: ModelConfig) -> dict[str, int]:
-    """Parameter name -> size, of the model declared without memory."""
+def built_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Parameter name -> shape, of the model declared without memory."""
     import paddle
 
     from ernie5.model import Ernie5Config, Ernie5ForCausalLM
 
     with paddle.LazyGuard():
         network = Ernie5ForCausalLM(Ernie5Config.from_model_config(model))
-    return {name: math.prod(parameter.shape) for name, parameter in network.named_parameters()}
+    return {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
 
 
 VARIANTS = {
@@ -51,7 +51,9 @@ VARIANTS = {
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_counts_equal_the_built_model(variant):
     model = dataclasses.replace(model_preset("tiny"), **VARIANTS[variant])
-    sizes, count = built_sizes(model), num_params(model)
+    shapes, count = built_shapes(model), num_params(model)
+    assert parameter_shapes(model) == shapes
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
     experts = sum(size for name, size in sizes.items() if ".experts." in name)
     assert count.total == sum(sizes.values()) == sum(count.parts.values())
     assert count.expert_total == experts
@@ -62,7 +64,9 @@ def test_counts_equal_the_built_model(variant):
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_counts_as_it_is_built(name):
     model = model_preset(name)
-    assert num_params(model).total == sum(built_sizes(model).values())
+    shapes = built_shapes(model)
+    assert parameter_shapes(model) == shapes
+    assert num_params(model).total == sum(math.prod(shape) for shape in shapes.values())
 
 
 def test_presets_are_the_files_and_grow():

@@ -225,6 +225,7 @@ def test_recomputation_changes_neither_gradients_nor_counts(option):
     results = []
     for chosen in ({}, option):
         model = tiny_model(**chosen)
+        assert {name: getattr(model.config, name) for name in chosen} == chosen
         model.train()
         model(**batch)["loss"].backward()
         results.append(

@@ -1,0 +1,156 @@
+"""Bytes that a rank sends in one step, by kind, and the seconds they take on the link their group lies on.
+
+Collectives are counted as rings: of B bytes over n ranks each sends B (n-1) / n to gather or to reduce-scatter, twice
+that to all-reduce. A group whose ranks lie in one node uses its links, any other the network.
+
+L tokens a rank holds between attentions, D hidden, K experts a token, w bytes of an activation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ernie5.config import Config
+from ernie5.planning.layout import Layout, micro_batches, ranks_of_a_token
+from ernie5.planning.machine import Machine
+from ernie5.planning.shards import held_by_stage, replicated_in_tensor_group, tied_parameters
+
+HIDDEN = {
+    "local": 0.0,
+    "all_to_all": 0.0,
+    "all_to_all_overlapped": 0.8,
+    "deepep": 0.8,
+}  # assumed, behind expert compute
+NODE, NETWORK = "node", "network"
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """One kind of message of one rank."""
+
+    kind: str
+    what: str
+    link: str  # node | network
+    sent: float  # bytes in a step
+    seconds: float  # in a step, all of it
+    exposed: float  # in a step, what computation does not hide
+    each_micro_batch: bool  # repeated in every micro-batch, or once a step
+
+
+class StageTraffic:
+    """What the ranks of one stage send."""
+
+    def __init__(self, config: Config, layout: Layout, machine: Machine, stage: int) -> None:
+        self.model, self.layout, self.machine, self.stage = config.model, layout, machine, stage
+        self.micro_batches = micro_batches(config.trainer)
+        tokens = config.trainer.rows_per_step * config.model.max_sequence_length
+        self.row_tokens, self.tokens = tokens, tokens // layout.context
+        self.local = self.tokens // layout.tensor
+        self.wide = machine.bytes_of.activation
+        chunks = layout.stage_chunks(stage, config.model.num_layers)
+        self.last = stage == layout.pipeline - 1
+        self.blocks = sum(map(len, chunks))
+        self.passes = self.blocks * (3 if config.model.recompute else 2)  # forward, backward, forward again
+        if self.last:
+            self.passes += 2 * config.model.mtp_depth
+
+    def all(self) -> list[Traffic]:
+        """Every kind that this layout has."""
+        kinds = (self.sequence, self.context, self.expert, self.pipeline, self.gradients, self.parameters, self.tied)
+        return [traffic for kind in kinds if (traffic := kind()) is not None]
+
+    def sequence(self) -> Traffic | None:
+        """[L,D] gathered for q, k, v and the shared expert, scattered behind attention and it; backward the reverse."""
+        n = self.layout.tensor
+        if n == 1:
+            return None
+        whole = self.tokens * self.model.hidden_size * self.wide
+        count = self.passes * (6 if self.model.shared_expert_intermediate_size else 4)
+        count += 2 * (self.stage == 0) + 2 * self.last * (1 + self.model.mtp_depth)
+        return self._repeated("sequence", "gather, reduce-scatter around attention", "tensor", _ring(whole, n), count)
+
+    def context(self) -> Traffic | None:
+        """Keys and values of the other parts of the sequence, and their gradients back."""
+        n = self.layout.context
+        if n == 1:
+            return None
+        m = self.model
+        whole = 2 * self.row_tokens * m.num_kv_heads // self.layout.tensor * m.head_dim * self.wide
+        return self._repeated(
+            "context", "keys and values, and their gradients", "context", _ring(whole, n), self.passes
+        )
+
+    def expert(self) -> Traffic | None:
+        """[L,D] to the ranks that hold a token's experts, with its weights and choices [L,K], and sums back."""
+        n = self.layout.expert
+        if n == 1:
+            return None
+        m = self.model
+        leaving = self.local * ranks_of_a_token(m, self.layout) * (n - 1) / n
+        sent = leaving * (m.hidden_size * self.wide + 4 * m.experts_per_token)
+        near = n if self.machine.shared else min(n, self.machine.devices_per_node)
+        far = sent * (n - near) / (n - 1)
+        what = "tokens to experts and back"
+        if far:
+            return self._repeated("expert", what, "expert", far, 2 * self.passes, sent - far)
+        return self._repeated("expert", what, "expert", sent, 2 * self.passes)
+
+    def pipeline(self) -> Traffic | None:
+        """[L,D] to the next chunk, its gradient to the one before."""
+        if self.layout.pipeline == 1:
+            return None
+        ends = (self.stage == 0) + self.last
+        count = 2 * self.layout.virtual - ends
+        size = self.local * self.model.hidden_size * self.wide
+        return self._repeated("pipeline", "states to the next stage, gradients back", "pipeline", size, count)
+
+    def gradients(self) -> Traffic | None:
+        """Summed over replicas, each in its group: what tensor ranks divide, what they hold whole, routed experts."""
+        layout, size = self.layout, self.machine.bytes_of.gradient
+        held = held_by_stage(self.model, layout, self.stage)
+        whole = replicated_in_tensor_group(self.model, layout, self.stage)
+        sent = 2 * _ring(held.dense - whole, layout.dense_replicas)
+        sent += 2 * _ring(whole, layout.stage_ranks) + 2 * _ring(held.experts, layout.expert_replicas)
+        group = "dense" if layout.dense_replicas > 1 else "tensor"
+        return self._once("gradients", "summed over replicas", group, sent * size)
+
+    def parameters(self) -> Traffic | None:
+        """ZeRO: the updated parameters, from their owners. (Its half of the sum above ends with the owner.)"""
+        held, layout = held_by_stage(self.model, self.layout, self.stage), self.layout
+        sent = _ring(held.dense, layout.sharding) + _ring(held.experts, layout.expert_sharding)
+        return self._once("ZeRO gather", "updated parameters", "sharding", sent * self.machine.bytes_of.parameter)
+
+    def tied(self) -> Traffic | None:
+        """Gradients of the tables that several stages hold."""
+        count = tied_parameters(self.model, self.layout)
+        return self._once("tied tables", "gradients between stages", "ends", count * self.machine.bytes_of.gradient)
+
+    def _repeated(self, kind: str, what: str, group: str, size: float, count: int, near: float = 0.0) -> Traffic:
+        """``count`` messages of ``size`` bytes in each micro-batch, beside ``near`` bytes that stay in the node."""
+        link, rate = self._link(group)
+        times = count * self.micro_batches
+        seconds = times * (max(size / rate, near / (self.machine.intra_bandwidth * 1e9)) + self.machine.latency)
+        hidden = HIDDEN[self.layout.dispatcher] if kind == "expert" else 0.0
+        return Traffic(kind, what, link, times * (size + near), seconds, seconds * (1 - hidden), True)
+
+    def _once(self, kind: str, what: str, group: str, sent: float) -> Traffic | None:
+        if not sent:
+            return None
+        link, rate = self._link(group)
+        seconds = sent / rate + self.machine.latency
+        return Traffic(kind, what, link, sent, seconds, seconds, False)
+
+    def _link(self, group: str) -> tuple[str, float]:
+        machine = self.machine
+        if machine.shared or self.layout.span(group) <= machine.devices_per_node:
+            return NODE, machine.intra_bandwidth * 1e9
+        if not machine.inter_bandwidth:
+            raise ValueError(
+                f"{machine.name} has no network (inter_bandwidth is 0) and {machine.devices_per_node} devices a node; "
+                f"{self.layout.world} processes need several nodes"
+            )
+        return NETWORK, machine.inter_bandwidth * 1e9
+
+
+def _ring(size: float, ranks: int) -> float:
+    return size * (ranks - 1) / ranks

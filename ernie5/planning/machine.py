@@ -1,0 +1,106 @@
+"""What a machine can do, from a YAML file: one of those in ``machines/`` by name, or a path.
+
+Every file says in comments where each figure comes from. Sizes are decimal (1 GB = 1e9 bytes), rates per second.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from ernie5.config.strict_yaml import parse_yaml
+from ernie5.config.typing_rules import build
+
+MACHINES = Path(__file__).parent / "machines"
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Bytes a value takes, by what it is."""
+
+    parameter: int
+    gradient: int
+    optimizer: int  # AdamW's two moments, and a float32 copy of a narrower parameter
+    activation: int
+    logits: int  # logits kept for the loss, with the float32 softmax where they are narrower
+    split_loss: int  # matrices like the logits that the loss of a divided vocabulary needs to run backward
+
+
+PRECISIONS = {
+    "float32": Precision(4, 4, 8, 4, 4, 3),
+    "bfloat16": Precision(2, 2, 12, 2, 6, 1),  # gradients are of the type of their parameter
+}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A node and its links. "Device": an accelerator, or a core where ``shared``, which processes divide evenly."""
+
+    name: str
+    devices_per_node: int
+    memory: float  # GB of one device; of the whole node where ``shared``
+    shared: bool
+    precision: str  # float32 | bfloat16
+    flops: float  # TFLOP/s of one device, dense, in that precision
+    memory_bandwidth: float  # GB/s of one device
+    intra_bandwidth: float  # GB/s one device sends within the node
+    inter_bandwidth: float  # GB/s one device sends to other nodes; 0: it has no others
+    latency: float  # seconds before the first byte of a message
+    efficiency: float  # share of ``flops`` that matrix products of a training step reach
+    block_overhead: float  # seconds of a block's forward pass that do not depend on its size; three times that in all
+    reserve: float  # GB of each process that hold no tensor: libraries, contexts, communication buffers
+    slack: float  # share of the tensors' memory that the allocator holds on top
+
+    @property
+    def bytes_of(self) -> Precision:
+        return PRECISIONS[self.precision]
+
+    def processes_here(self, world: int) -> int:
+        """Processes of one node."""
+        return world if self.shared else min(world, self.devices_per_node)
+
+    def memory_of_process(self, world: int) -> float:
+        """GB."""
+        return self.memory / world if self.shared else self.memory
+
+    def flops_of_process(self, world: int) -> float:
+        """FLOP/s that a process reaches."""
+        whole = self.flops * 1e12 * self.efficiency
+        return whole * self.devices_per_node / world if self.shared else whole
+
+
+def machine_names() -> list[str]:
+    return sorted(path.stem for path in MACHINES.glob("*.yaml"))
+
+
+def load_machine(name: str | Path) -> Machine:
+    """A shipped machine by name, or one described in a file of your own (``name`` ends with .yaml).
+
+    Raises ``ValueError`` in one line for an unknown name, an unknown or missing key, or a value out of range.
+    """
+    path = Path(name) if str(name).endswith(".yaml") else MACHINES / f"{name}.yaml"
+    if not path.is_file():
+        near = difflib.get_close_matches(str(name), machine_names(), n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(
+            f"machine '{name}' is unknown: {hint}there are {', '.join(machine_names())}; or give a file .yaml"
+        )
+    values = parse_yaml(path.read_text(encoding="utf-8"), str(path)) or {}
+    missing = [field.name for field in fields(Machine) if isinstance(values, dict) and field.name not in values]
+    if missing:
+        raise ValueError(f"{path}: key {missing[0]!r} is missing; compare {MACHINES / 'h100.yaml'}")
+    machine = build(Machine, values, lambda _: str(path), "")
+    _check(machine, str(path))
+    return machine
+
+
+def _check(machine: Machine, where: str) -> None:
+    if machine.precision not in PRECISIONS:
+        raise ValueError(f"{where}: precision is {machine.precision!r}; the planner knows {' and '.join(PRECISIONS)}")
+    for name in ("devices_per_node", "memory", "flops", "memory_bandwidth", "intra_bandwidth", "efficiency"):
+        if not getattr(machine, name) > 0:
+            raise ValueError(f"{where}: {name} is {getattr(machine, name)}; it must be above 0")
+    for name in ("inter_bandwidth", "latency", "block_overhead", "reserve", "slack"):
+        if getattr(machine, name) < 0:
+            raise ValueError(f"{where}: {name} is {getattr(machine, name)}; it must be at least 0")

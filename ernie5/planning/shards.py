@@ -1,0 +1,168 @@
+"""Which part of every parameter a rank holds: global name -> local shape, per pipeline stage.
+
+All ranks of one stage hold parts of the same shapes, so a stage stands for its ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import astuple, dataclass
+from functools import lru_cache
+
+from ernie5.config import ModelConfig
+from ernie5.config.counting import Shapes, block_shapes, outer_shapes
+from ernie5.planning.layout import Layout
+
+TENSOR_AXES = {  # end of a name -> the axis that the tensor ranks divide
+    "attention.q_proj.weight": 1,
+    "attention.k_proj.weight": 1,
+    "attention.v_proj.weight": 1,
+    "attention.o_proj.weight": 0,
+    "moe.shared.gate_up": 1,
+    "moe.shared.down": 0,
+    "embedding.tokens.weight": 0,
+}
+EXPERTS = "moe.experts."  # divided along axis 0 over the expert group, never by the tensor ranks
+TIED = ("embedding.tokens.weight", "embedding.audio.weight")  # on every stage that uses them
+HOME_OF_TOP = ("norm.", "bit_head.", "mtp.")  # what lies outside the blocks and belongs to the last stage
+
+
+@dataclass(frozen=True)
+class Held:
+    """Numbers of parameters of one rank: those replicated over data ranks, and routed experts."""
+
+    dense: int
+    experts: int
+
+    @property
+    def total(self) -> int:
+        return self.dense + self.experts
+
+
+def held_by_stage(model: ModelConfig, layout: Layout, stage: int) -> Held:
+    """What a rank of ``stage`` holds. A tied table is on every stage that uses it, and counted on each."""
+    return _held_by_stage(astuple(model), layout, stage)
+
+
+@lru_cache(maxsize=4096)
+def _held_by_stage(values: tuple, layout: Layout, stage: int) -> Held:
+    model = ModelConfig(*values)
+    block, blocks = held_by_block(model, layout), _blocks(model, layout, stage)
+    outer = held_of({n: s for n, s in outer_shapes(model).items() if stage in _homes(n, model, layout)}, layout)
+    return Held(blocks * block.dense + outer.dense, blocks * block.experts + outer.experts)
+
+
+def held_by_block(model: ModelConfig, layout: Layout) -> Held:
+    """A rank's part of one block."""
+    return _held_by_block(astuple(model), layout)
+
+
+@lru_cache(maxsize=4096)
+def _held_by_block(values: tuple, layout: Layout) -> Held:
+    return held_of(block_shapes(ModelConfig(*values)), layout)
+
+
+@dataclass(frozen=True)
+class Owned:
+    """What ZeRO leaves of ``Held`` to the rank that owns most: numbers of parameters whose state it keeps."""
+
+    dense: int
+    experts: int
+
+    @property
+    def total(self) -> int:
+        return self.dense + self.experts
+
+
+def owned_by_stage(model: ModelConfig, layout: Layout, stage: int) -> Owned:
+    """Whole parameters go to the sharding rank that has least so far, the largest first; tied tables have their owners.
+
+    Experts that lie across the ranks stay where they are.
+    """
+    return _owned_by_stage(astuple(model), layout, stage)
+
+
+@lru_cache(maxsize=4096)
+def _owned_by_stage(values: tuple, layout: Layout, stage: int) -> Owned:
+    model, ranks = ModelConfig(*values), layout.sharding
+    sizes = {name: math.prod(shape) for name, shape in stage_shapes(model, layout, stage).items()}
+    spread = {name for name in sizes if EXPERTS in name and layout.expert > 1}
+    load = [0] * ranks
+    for rank, name in enumerate(TIED):
+        if name in sizes:
+            load[rank % ranks] += sizes[name]
+    for name in sorted(sizes.keys() - spread - set(TIED), key=lambda name: -sizes[name]):
+        load[load.index(min(load))] += sizes[name]
+    return Owned(max(load), sum(sizes[name] for name in spread))
+
+
+def replicated_in_tensor_group(model: ModelConfig, layout: Layout, stage: int) -> int:
+    """Parameters of one rank that all tensor ranks hold whole, routed experts left out."""
+    shapes = stage_shapes(model, layout, stage)
+    return sum(
+        math.prod(shape)
+        for name, shape in shapes.items()
+        if EXPERTS not in name and not name.endswith(tuple(TENSOR_AXES))
+    )
+
+
+def held_of(shapes: Shapes, layout: Layout) -> Held:
+    """A rank's part of the parameters ``shapes``, global name -> global shape."""
+    sizes = {name: math.prod(_local(name, shape, layout)) for name, shape in shapes.items()}
+    experts = sum(size for name, size in sizes.items() if EXPERTS in name)
+    return Held(sum(sizes.values()) - experts, experts)
+
+
+def stage_shapes(model: ModelConfig, layout: Layout, stage: int) -> Shapes:
+    """Global name -> local shape of everything a rank of ``stage`` holds."""
+    homes = [f"layers.{i}." for chunk in layout.stage_chunks(stage, model.num_layers) for i in chunk]
+    if stage == layout.pipeline - 1:
+        homes += ["mtp.block."] * model.mtp_depth
+    shapes = {home + name: shape for home in homes for name, shape in block_shapes(model).items()}
+    shapes |= {name: shape for name, shape in outer_shapes(model).items() if stage in _homes(name, model, layout)}
+    return {name: _local(name, shape, layout) for name, shape in shapes.items()}
+
+
+def tied_parameters(model: ModelConfig, layout: Layout) -> int:
+    """Of one rank, what other stages hold too and whose gradients are added up between stages."""
+    return held_of({n: s for n, s in outer_shapes(model).items() if len(_homes(n, model, layout)) > 1}, layout).dense
+
+
+def _blocks(model: ModelConfig, layout: Layout, stage: int) -> int:
+    own = sum(len(chunk) for chunk in layout.stage_chunks(stage, model.num_layers))
+    return own + (model.mtp_depth if stage == layout.pipeline - 1 else 0)
+
+
+def _homes(name: str, model: ModelConfig, layout: Layout) -> set[int]:
+    """Stages that use a parameter outside the blocks.
+
+    The token table embeds on the first stage and is the text head of the last; the code table embeds on the first and
+    feeds codes back between the top blocks, whose stages also hold the codec heads (report §2.3.2).
+    """
+    last, top = layout.pipeline - 1, model.num_layers - model.audio_levels
+    if name.startswith(HOME_OF_TOP):
+        return {last}
+    if name.startswith("audio_heads."):
+        return {_stage_of(top + int(name.split(".")[1]), model, layout)}
+    if name == TIED[0]:
+        return {0, last}
+    if name == TIED[1]:  # the very last block's level is fed back to nobody
+        return {0, *(_stage_of(i, model, layout) for i in range(top, model.num_layers - 1))}
+    return {0}
+
+
+def _stage_of(block: int, model: ModelConfig, layout: Layout) -> int:
+    chunks = layout.chunks(model.num_layers)
+    return next(c for c, chunk in enumerate(chunks) if block in chunk) % layout.pipeline
+
+
+def _local(name: str, shape: tuple[int, ...], layout: Layout) -> tuple[int, ...]:
+    axis = next((axis for end, axis in TENSOR_AXES.items() if name.endswith(end)), None)
+    if axis is not None:
+        return _divided(name, shape, axis, layout.tensor)
+    return _divided(name, shape, 0, layout.expert) if EXPERTS in name else shape
+
+
+def _divided(name: str, shape: tuple[int, ...], axis: int, parts: int) -> tuple[int, ...]:
+    assert shape[axis] % parts == 0, f"{name} {shape} does not divide by {parts}; validation should have refused"
+    return (*shape[:axis], shape[axis] // parts, *shape[axis + 1 :])

@@ -1,0 +1,159 @@
+"""Messages and seconds by hand, machines, and the search."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import pytest
+
+from ernie5.config import Config, ParallelConfig, TrainerConfig, flops_per_token, model_preset
+from ernie5.planning import load_machine, machine_names, make_plan
+from ernie5.planning.machine import MACHINES
+from ernie5.planning.search import overrides, search
+
+D, HEADS, GROUPS, WIDTH = 128, 4, 2, 32  # of nano
+TOKENS = 2 * 256
+
+
+def plan_of(world: int, machine: str = "h100", accumulation: int = 2, **degrees):
+    trainer = TrainerConfig(rows_per_step=2, gradient_accumulation=accumulation)
+    model = dataclasses.replace(model_preset("nano"), mtp_depth=0)
+    config = Config(model=model, trainer=trainer, parallel=ParallelConfig(**degrees))
+    return make_plan("test", config, load_machine(machine), world)
+
+
+def sent(plan, kind: str) -> float:
+    return {traffic.kind: traffic.sent for traffic in plan.traffic}.get(kind, 0.0)
+
+
+def test_one_process_sends_nothing():
+    assert plan_of(1).traffic == []
+
+
+def test_gradients_of_two_replicas():
+    """All-reduce over two ranks: each sends as many bytes as there are gradients (2 of each value in bfloat16)."""
+    plan = plan_of(2)
+    assert sent(plan, "gradients") == plan.stages[0].held.total * 2
+    assert sent(plan, "ZeRO gather") == 0
+    assert sent(plan_of(2, sharding=2), "ZeRO gather") == plan.stages[0].held.total * 2 / 2
+
+
+def test_sequence_parallelism_gathers_and_scatters_six_times_a_pass():
+    """q, k, v, shared expert gathered, two scatters; forward and backward; two at the embedding, two at the head."""
+    count = 6 * 2 * 6 + 2 + 2
+    assert sent(plan_of(2, tensor=2), "sequence") == 2 * count * TOKENS * D * 2 / 2
+
+
+def test_pipeline_sends_states_on_and_gradients_back():
+    """A middle stage sends both in every micro-batch."""
+    assert sent(plan_of(3, accumulation=3, pipeline=3), "pipeline") in (3 * 2 * TOKENS * D * 2, 3 * 1 * TOKENS * D * 2)
+
+
+def test_context_gathers_keys_and_values():
+    whole = 2 * TOKENS * GROUPS * WIDTH * 2
+    assert sent(plan_of(2, context=2), "context") == 2 * 6 * 2 * whole / 2
+
+
+def test_expert_traffic_counts_a_token_once_a_rank():
+    """2 of 32 experts over 2 ranks: 1 + P(both on different ranks) ranks a token, half of them elsewhere."""
+    ranks = 1 + 16 / 31
+    expected = 2 * 6 * 2 * 2 * TOKENS * ranks / 2 * (D * 2 + 4 * 2)
+    assert sent(plan_of(2, expert=2), "expert") == pytest.approx(expected)
+
+
+def test_links_of_groups_wider_than_a_node_are_the_network():
+    plan = plan_of(16, tensor=2, accumulation=4)
+    links = {traffic.kind: traffic.link for traffic in plan.traffic}
+    assert links == {"sequence": "node", "gradients": "network"}
+
+
+def test_a_machine_without_a_network_refuses_several_nodes(tmp_path):
+    text = (MACHINES / "h100.yaml").read_text().replace("inter_bandwidth: 50", "inter_bandwidth: 0")
+    (tmp_path / "alone.yaml").write_text(text)
+    with pytest.raises(ValueError, match=r"has no network .* 16 processes need several nodes"):
+        plan_of(16, str(tmp_path / "alone.yaml"))
+
+
+def test_products_take_the_operations_of_training():
+    machine = dataclasses.replace(load_machine("h100"), memory_bandwidth=1e9)
+    config = Config(model=model_preset("nano"), trainer=TrainerConfig(rows_per_step=4))
+    plan = make_plan("test", config, machine)
+    operations = 3 * 4 * 256 * flops_per_token(config.model, 256)
+    assert plan.flops == operations
+    assert plan.time.compute == pytest.approx(operations / (989e12 * machine.efficiency))
+    again = make_plan(
+        "test", dataclasses.replace(config, model=dataclasses.replace(config.model, recompute=True)), machine
+    )
+    assert plan.flops == again.flops and plan.time.compute < again.time.compute < plan.time.compute * 4 / 3
+
+
+def test_processes_of_a_laptop_share_it():
+    one, two = plan_of(1, "laptop"), plan_of(2, "laptop")
+    assert two.limit == one.limit / 2
+    assert two.time.compute == pytest.approx(2 * one.time.compute)
+
+
+@pytest.mark.parametrize("name", machine_names())
+def test_every_machine_loads_and_says_where_each_figure_comes_from(name):
+    machine = load_machine(name)
+    assert machine.precision in ("float32", "bfloat16")
+    lines = (MACHINES / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
+    figures = [
+        line for line in lines if re.match(r"(memory|flops|memory_bandwidth|intra_bandwidth|latency|eff|res|sla)", line)
+    ]
+    assert len(figures) == 8
+    assert [line for line in figures if "#" not in line] == []
+
+
+@pytest.mark.parametrize(
+    ("change", "wanted"),
+    [
+        (("flops:", "flop:"), "key 'flops' is missing"),
+        (("efficiency: 0.4", "efficiency: 0"), "efficiency is 0.0; it must be above 0"),
+        (("precision: bfloat16", "precision: fp8"), "precision is 'fp8'; the planner knows float32 and bfloat16"),
+    ],
+)
+def test_a_faulty_machine_is_one_line(tmp_path, change, wanted):
+    text = (MACHINES / "h100.yaml").read_text().replace(*change)
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(ValueError, match=wanted) as caught:
+        load_machine(str(tmp_path / "mine.yaml"))
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_machine_names_the_nearest():
+    with pytest.raises(ValueError, match="machine 'h80' is unknown: did you mean 'h800'"):
+        load_machine("h80")
+
+
+def searched(world: int, memory: float = 0.0, keep: int = 1000):
+    config = Config(model=model_preset("mini"), trainer=TrainerConfig(rows_per_step=4, gradient_accumulation=16))
+    return config, search("mini", config, load_machine("h100"), world, memory, keep)
+
+
+def test_search_finds_what_fits_fastest_first():
+    config, found = searched(8, memory=12)
+    assert found.tried > len(found.plans) > 10
+    times = [plan.time.total for plan in found.plans]
+    assert times == sorted(times)
+    for plan in found.plans:
+        assert plan.needed(plan.fullest.memory) <= 12 and plan.layout.world == 8
+        assert plan.tokens == 4 * 16 * 8 * config.model.max_sequence_length
+    assert {plan.layout.tensor for plan in found.plans} >= {1, 2}
+    assert any("parallel.tensor=2" in overrides(plan.config) for plan in found.plans)
+
+
+def test_search_names_the_closest_where_nothing_fits():
+    _, found = searched(8, memory=4.2)
+    assert found.plans == [] and found.closest.needed(found.closest.fullest.memory) > 4.2
+    _, larger = searched(8, memory=found.closest.needed(found.closest.fullest.memory) + 0.01)
+    assert len(larger.plans) >= 1
+
+
+def test_a_quick_plan_sees_the_fullest_and_the_slowest_stage():
+    config = Config(model=dataclasses.replace(model_preset("ernie5-trillion"), num_layers=60, max_sequence_length=8192))
+    config.parallel = ParallelConfig(tensor=4, pipeline=12, virtual_stages=5, expert=64, sharding=16)
+    config.trainer = TrainerConfig(rows_per_step=1, gradient_accumulation=24)
+    whole, quick = (make_plan("t", config, load_machine("h800"), 768, quick=q) for q in (False, True))
+    assert quick.fullest == whole.fullest and quick.time == whole.time
