@@ -121,7 +121,7 @@ class StageMemory:
 
     @cached_property
     def kept_of_shared(self) -> int:
-        """Hidden [L,2Fs], in float32 the activation [L,Fs] too; tensor ranks divide the width and gather tokens [T,D]."""
+        """Hidden [L,2Fs], in float32 the activation [L,Fs]; tensor ranks divide the width and gather tokens [T,D]."""
         m, a = self.model, self.bytes.activation
         if not m.shared_expert_intermediate_size:
             return 0
@@ -196,7 +196,8 @@ class StageMemory:
     def work_of_block(self) -> int:
         """Beyond what is kept while a block's experts run backward: rows [R*K,D] and three of [R*K,F], in- and output.
 
-        Tokens of other ranks arrive and leave as gradients. Recomputation first brings the block's tensors back.
+        Or three of [L,Fs] for the shared expert, where that is more. Tokens of other ranks arrive and leave as
+        gradients. Recomputation first brings the block's tensors back.
         """
         m, a = self.model, self.bytes.activation
         received, again = self.received, self.kept_of_block - self.kept_of_checkpoint
@@ -208,7 +209,8 @@ class StageMemory:
         if self.layout.expert > 1:
             sent = self.local * min(m.experts_per_token, self.layout.expert)
             travelling = 2 * (received + sent) * m.hidden_size
-        return again + a * (routed + travelling + 3 * self.local * m.hidden_size)
+        shared = 3 * self.local * m.shared_expert_intermediate_size
+        return again + a * (max(routed + travelling, shared) + 3 * self.local * m.hidden_size)
 
     @property
     def summed_copy(self) -> int:

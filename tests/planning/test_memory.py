@@ -38,7 +38,7 @@ def memory(config: Config, world: int = 0, stage: int = 0, skew: float = 1.0) ->
     ids=str,
 )
 def test_activations_and_peak_are_those_of_a_step(options):
-    """Within 3 % of Paddle's own count: what forward keeps, and the most there is until the backward pass ends."""
+    """Within 5 % of Paddle's own count: what forward keeps, and the most there is until the backward pass ends."""
     from benchmarks.plan_accuracy import SingleProcess, micro_batches
     from ernie5.ops import kernels
 
@@ -61,8 +61,8 @@ def test_activations_and_peak_are_those_of_a_step(options):
     most = core.host_memory_stat_peak_value("Allocated", 0) - held
     planned = memory(config)
     peak = planned.peak()
-    assert planned.activations == pytest.approx(kept, rel=0.03)
-    assert peak.gradients + peak.activations + peak.working == pytest.approx(most, rel=0.03)
+    assert planned.activations == pytest.approx(kept, rel=0.05)
+    assert peak.gradients + peak.activations + peak.working == pytest.approx(most, rel=0.05)
     assert peak.parameters + peak.optimizer == pytest.approx(held - before, rel=0.05)  # some tables had no gradient yet
 
 
