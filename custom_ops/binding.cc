@@ -4,7 +4,6 @@
 #include "adamw/binding.h"
 #include "cross_entropy/binding.h"
 #include "decode_step/binding.h"
-#include "exchange/binding.h"
 #include "flashmask_attention/binding.h"
 #include "linear/binding.h"
 #include "moe_ffn/binding.h"
@@ -13,3 +12,9 @@
 #include "route/binding.h"
 #include "swiglu/binding.h"
 #include "uni_rope/binding.h"
+
+// The exchange between processes uses Paddle's internal headers, which ask a build with CUDA for those of cuBLAS. It
+// serves the CPU; without it processes exchange rows through Paddle's own collectives.
+#if !defined(PADDLE_WITH_CUDA) || __has_include(<cublas_v2.h>)
+#include "exchange/binding.h"
+#endif
