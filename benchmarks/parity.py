@@ -1,6 +1,6 @@
 """Every parallel layout against one process: losses of every step, first gradients, final parameters.
 
-    python benchmarks/parity.py [--layouts dp2,tp2.pp2] [--dtype float32] --json parity.json
+    python benchmarks/parity.py [--layouts dp2 tp2.pp2] [--dtype float32] --json parity.json
 
 A tiny model trains for some steps on packed rows of all four modalities, with AdamW, clipping, MTP and aux-loss-free
 router bias, once in one process and once in each layout, as real processes over gloo. In float64 everything runs on the
@@ -78,7 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.worker:
         work(options.worker, options.dtype, options.steps, json.loads(options.changes), Path(options.out))
         return 0
-    names = options.layouts.split(",") if options.layouts else list(LAYOUTS)
+    names = options.layouts or list(LAYOUTS)
     unknown = [name for name in names if name not in LAYOUTS]
     if unknown:
         print(f"parity: no layout {unknown[0]!r}; there are {', '.join(LAYOUTS)}", file=sys.stderr)
@@ -309,7 +309,7 @@ class Rows:
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layouts", default="", help=f"comma-separated, out of {', '.join(LAYOUTS)}")
+    parser.add_argument("--layouts", nargs="*", default=[], help=f"out of {', '.join(LAYOUTS)}")
     parser.add_argument("--dtype", choices=sorted(LIMITS), default="float64")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--changes", default="{}", help='fields of the model to change, such as {"recompute": true}')
