@@ -373,7 +373,8 @@ def draw(network: Network, path: str, title: str) -> None:
     for axis, mode in zip(axes, MODES[1:], strict=True):
         steps = network.ask("timeline", mode=mode)
         first = min(step["began"] for step in steps)
-        rows = []
+        longest = max(step["ended"] for step in steps) - first
+        rows, written = [], {}  # where the last label of a row ends
         for rank, step in enumerate(steps):
             spans = [["compute", "", step["began"], step["ended"]], *step["spans"]]
             for lane, label, began, ended in spans:
@@ -381,8 +382,10 @@ def draw(network: Network, path: str, title: str) -> None:
                 place = ((began - first) * 1e-6, (ended - began) * 1e-6)
                 edge = "white" if label else "none"
                 axis.broken_barh([place], (-row - 0.9, 0.8), facecolor=colours[lane], edgecolor=edge, linewidth=0.6)
-                if lane != "wait" and label and place[1] > 12:
+                wide = len(label) * longest * 1e-6 / 170  # of the label, about
+                if lane != "wait" and wide < place[1] and place[0] >= written.get(row, 0):
                     axis.text(place[0] + 1, -row - 0.5, label, fontsize=6, va="center", color="white", clip_on=True)
+                    written[row] = place[0] + wide
             rows += [
                 (-len(colours) * rank - i - 0.5, f"rank {rank} {name}")
                 for i, name in enumerate(("compute", "send", "receive"))

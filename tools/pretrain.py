@@ -54,6 +54,12 @@ def pretrain(config: Config, choice: str = "auto") -> None:
     first = trainer.is_world_process_zero()
     if first:
         record_start(config, run_dir, model)
+        if worker:
+            print(
+                f"{layout.ranks} processes save no checkpoints on the way (trainer.save_steps) and cannot resume; the "
+                "weights are saved at the end",
+                file=sys.stderr,
+            )
     trainer.train(resume=resume)
     if first:
         print(f"{run_dir}/checkpoints/final: weights after {config.trainer.max_steps} steps")
