@@ -30,6 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def pretrain(config: Config, choice: str = "auto") -> None:
     """Builds dataset, model and trainer from ``config`` and trains; ``choice`` as in ``ernie5.trainer.start``."""
+    from ernie5.checkpoint import ALONE
     from ernie5.model import Ernie5Config, Ernie5ForCausalLM
     from ernie5.parallel.layout import Layout, world_size
     from ernie5.trainer import Ernie5Trainer, record_start, start, training_arguments
@@ -37,31 +38,19 @@ def pretrain(config: Config, choice: str = "auto") -> None:
     run_dir = Path(config.run.dir)
     layout = Layout(config.parallel, world_size())
     dataset = build_dataset(config, run_dir, layout.rows)
-    resume = start(config, run_dir, choice)
-    shape, worker = Ernie5Config.from_model_config(config.model), None
+    shape, worker, processes = Ernie5Config.from_model_config(config.model), None, ALONE
     if layout.ranks > 1:
         from ernie5.parallel.worker import Worker
 
-        if resume:
-            raise ValueError(
-                f"{run_dir} holds a run, and several processes cannot resume one; --fresh removes it, another run.dir "
-                "keeps it"
-            )
         worker = Worker(shape, config.parallel, seed=config.trainer.seed)
+        processes = worker.processes
+    resume = processes.on_first(lambda: start(config, run_dir, choice))
     model = worker.model if worker else Ernie5ForCausalLM(shape, seed=config.trainer.seed)
     args = training_arguments(config, run_dir)
     trainer = Ernie5Trainer(model=model, args=args, train_dataset=dataset, worker=worker)
-    first = trainer.is_world_process_zero()
-    if first:
-        record_start(config, run_dir, model)
-        if worker:
-            print(
-                f"{layout.ranks} processes save no checkpoints on the way (trainer.save_steps) and cannot resume; the "
-                "weights are saved at the end",
-                file=sys.stderr,
-            )
+    processes.on_first(lambda: record_start(config, run_dir, trainer.shapes))
     trainer.train(resume=resume)
-    if first:
+    if processes.first:
         print(f"{run_dir}/checkpoints/final: weights after {config.trainer.max_steps} steps")
 
 

@@ -141,6 +141,7 @@ class TrainerConfig:
     modality_weights: dict[str, float] = field(default_factory=dict)  # fixed factor on top, per text/image/video/audio
     bits_schedule: list[list[int]] = field(default_factory=list)  # [[step, bits], ...]: progressive vision-bit switch
     save_steps: int = 500
+    async_save: bool = True  # write checkpoints while training goes on, from a copy in memory
     log_steps: int = 20
     seed: int = 0
 

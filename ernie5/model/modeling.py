@@ -16,6 +16,8 @@ import paddle.nn.functional as F
 from paddle import nn
 from safetensors import SafetensorError, safe_open
 
+from ernie5.checkpoint import Checkpoint, Part, is_complete
+from ernie5.checkpoint.state import MODEL, load_weights
 from ernie5.model.configuration import Ernie5Config
 from ernie5.model.decoding import new_cache
 from ernie5.model.embedding import Embedding
@@ -83,7 +85,12 @@ class Ernie5ForCausalLM(Ernie5PretrainedModel):
 
     @classmethod
     def from_pretrained(cls, path: str, *args: object, **kwargs: object) -> Ernie5ForCausalLM:
-        """The model saved in the folder ``path``. Raises a one-line ValueError unless every name and shape fits."""
+        """The model saved in the folder ``path``, a checkpoint of training or what ``save_pretrained`` wrote.
+
+        Raises a one-line ValueError unless every name and shape fits.
+        """
+        if is_complete(Path(path)):
+            return _from_parts(Path(path))
         _check_weights(Path(path))
         return super().from_pretrained(str(path), *args, **kwargs)
 
@@ -300,6 +307,19 @@ class Ernie5ForCausalLM(Ernie5PretrainedModel):
     def expert_load(self) -> np.ndarray:
         """int64 [routers, E]: tokens of each expert since the last bias update."""
         return np.stack([router.counts.numpy() for router in self.routers()])
+
+
+def _from_parts(folder: Path) -> Ernie5ForCausalLM:
+    try:
+        config = Ernie5Config.from_pretrained(str(folder))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder}: unreadable config.json ({error}); choose another checkpoint") from None
+    model = Ernie5ForCausalLM(config)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    with Checkpoint(folder) as saved:
+        saved.check_names(MODEL, shapes)
+        load_weights(model, saved, lambda name: Part(shapes[name]))
+    return model
 
 
 def _check_weights(folder: Path) -> None:

@@ -6,11 +6,14 @@
 from __future__ import annotations
 
 import fnmatch
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from ernie5.checkpoint.part import Part
 
 if TYPE_CHECKING:
     from paddle.distributed.communication.group import Group
@@ -39,7 +42,7 @@ PLAN: tuple[tuple[str, Kind], ...] = (  # first match wins
     ("embedding.tokens.weight", Kind.VOCAB),
     ("*", Kind.REPLICATE),
 )
-_AXIS = {Kind.COLUMN: 1, Kind.ROW: 0, Kind.VOCAB: 0, Kind.EXPERT: 0}
+_AXIS = {Kind.COLUMN: 1, Kind.GATED_COLUMN: 1, Kind.ROW: 0, Kind.VOCAB: 0, Kind.EXPERT: 0}
 TIED_TEXT, TIED_AUDIO = "embedding.tokens.weight", "embedding.audio.weight"
 
 
@@ -48,23 +51,32 @@ def kind_of(name: str) -> Kind:
     return next(kind for pattern, kind in PLAN if fnmatch.fnmatchcase(name, pattern))
 
 
+def part_of(kind: Kind, shape: Sequence[int], part: int, parts: int) -> Part:
+    """Where part ``part`` of ``parts`` lies in a parameter of ``shape``."""
+    if kind is Kind.REPLICATE or parts == 1:
+        return Part(tuple(shape))
+    axis, pieces = _AXIS[kind], 2 if kind is Kind.GATED_COLUMN else 1
+    width = shape[axis] // (pieces * parts)
+    assert width * pieces * parts == shape[axis], f"{list(shape)} does not split into {parts} parts along {axis}"
+    starts = [(piece * parts + part) * width for piece in range(pieces)]
+    return Part(tuple(shape), axis, tuple((start, start + width) for start in starts))
+
+
 def split(kind: Kind, whole: np.ndarray, part: int, parts: int) -> np.ndarray:
     """Part ``part`` of ``parts`` of a whole parameter; a view where it can be."""
-    if kind is Kind.REPLICATE or parts == 1:
-        return whole
-    if kind is Kind.GATED_COLUMN:
-        return np.concatenate([np.split(half, parts, 1)[part] for half in np.split(whole, 2, 1)], 1)
-    return np.split(whole, parts, _AXIS[kind])[part]
+    return part_of(kind, whole.shape, part, parts).of(whole)
 
 
 def join(kind: Kind, parts: list[np.ndarray]) -> np.ndarray:
     """The whole parameter of its parts, in order."""
     if kind is Kind.REPLICATE or len(parts) == 1:
         return parts[0]
-    if kind is Kind.GATED_COLUMN:
-        halves = [np.split(part, 2, 1) for part in parts]
-        return np.concatenate([np.concatenate([pair[i] for pair in halves], 1) for i in range(2)], 1)
-    return np.concatenate(parts, _AXIS[kind])
+    shape = list(parts[0].shape)
+    shape[_AXIS[kind]] *= len(parts)
+    whole = np.empty(shape, parts[0].dtype)
+    for number, value in enumerate(parts):
+        part_of(kind, shape, number, len(parts)).put(value, whole)
+    return whole
 
 
 @dataclass(frozen=True)

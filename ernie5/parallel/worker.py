@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import paddle
 import paddle.distributed as dist
-from safetensors.numpy import save_file
 
+from ernie5.checkpoint import Part, Processes
 from ernie5.config.schema import ParallelConfig
-from ernie5.files import replacing_folder
 from ernie5.model import Ernie5Config, Ernie5ForCausalLM
 from ernie5.model.losses import TERMS, total_weights
 from ernie5.parallel.batch import Batch, local_part, to_tensors
@@ -20,7 +19,7 @@ from ernie5.parallel.build import local_model
 from ernie5.parallel.gradients import Gradients
 from ernie5.parallel.optimizer import ShardedOptimizer, measure_norm
 from ernie5.parallel.pipeline import Pipeline
-from ernie5.parallel.plan import join, kind_of
+from ernie5.parallel.plan import join, kind_of, part_of
 from ernie5.parallel.topology import Topology
 
 
@@ -31,10 +30,20 @@ class Worker:
         self.topology = Topology(parallel, config.num_layers, config.audio_levels)
         self.model, self.placements = local_model(config, self.topology, seed)
         with paddle.LazyGuard():
-            names = [name for name, _ in Ernie5ForCausalLM(config).named_parameters()]
+            whole = Ernie5ForCausalLM(config)
+        names = [name for name, _ in whole.named_parameters()]
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in whole.state_dict().items()}
+        self.processes = Processes(self.topology.rank, self.topology.layout.ranks, _gather)
         self.gradients = Gradients(self.model, self.placements, names, self.topology)
         self.pipeline = Pipeline(self.model, self.topology) if parallel.pipeline > 1 else None
         self.dtype = paddle.get_default_dtype()
+
+    def part_of(self, name: str) -> Part:
+        """What is here of a parameter or buffer of the whole model, whose shapes are ``shapes``."""
+        if name not in self.placements:
+            return Part(self.shapes[name])  # a buffer
+        where = self.placements[name]
+        return part_of(where.kind, self.shapes[name], where.part, where.parts)
 
     @property
     def row_rank(self) -> int:
@@ -125,21 +134,11 @@ class Worker:
             if self.topology.stage is not None:
                 dist.all_reduce(router.counts, group=self.topology.stage)
 
-    def save_weights(self, folder: Path) -> None:
-        """The whole model, in the format of ``save_pretrained``, in ``folder``, which is complete or absent."""
-        whole = self.gather_whole({name: value.numpy() for name, value in self.model.state_dict().items()})
-        if whole is not None:
-            with replacing_folder(folder) as partial_folder:
-                save_file(whole, partial_folder / "model.safetensors", metadata={"format": "np"})
-                self.model.config.save_pretrained(str(partial_folder))
-        dist.barrier()
-
     def gather_whole(self, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray] | None:
         """Parts by name on every rank -> whole arrays on rank 0; None elsewhere. Buffers are whole everywhere."""
         part_of = {name: where.part for name, where in self.placements.items()}
         mine = {name: (part_of.get(name, 0), value) for name, value in values.items()}
-        gathered: list[dict[str, tuple[int, np.ndarray]]] = []
-        dist.all_gather_object(gathered, mine)
+        gathered = self.processes.gather(mine)
         if self.topology.rank:
             return None
         parts: dict[str, dict[int, np.ndarray]] = {}
@@ -147,3 +146,10 @@ class Worker:
             for name, (part, value) in rank.items():
                 parts.setdefault(name, {}).setdefault(part, value)
         return {name: join(kind_of(name), [by[i] for i in sorted(by)]) for name, by in parts.items()}
+
+
+def _gather(value: Any) -> list[Any]:
+    """The values of all processes, by rank."""
+    gathered: list[Any] = []
+    dist.all_gather_object(gathered, value)
+    return gathered

@@ -25,6 +25,7 @@ class Ernie5TrainingArguments(TrainingArguments):
     modality_weight_min: float = 0.5
     modality_weight_max: float = 2.0
     modality_weights: dict = field(default_factory=dict)
+    async_save: bool = True
 
 
 def training_arguments(config: Config, output_dir: str | Path) -> Ernie5TrainingArguments:
@@ -57,6 +58,7 @@ def training_arguments(config: Config, output_dir: str | Path) -> Ernie5Training
         modality_weights=trainer.modality_weights,
         bits_schedule=trainer.bits_schedule,
         save_steps=trainer.save_steps,
+        async_save=trainer.async_save,
         save_total_limit=KEPT_CHECKPOINTS,
         logging_steps=trainer.log_steps,
         logging_first_step=True,

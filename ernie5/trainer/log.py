@@ -25,9 +25,9 @@ class TrainLog:
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
 
-    def copy_to(self, folder: Path) -> None:
-        if self.path.exists():
-            shutil.copyfile(self.path, folder / LOG_NAME)
+    def so_far(self) -> dict[Path, int]:
+        """The file and its length in bytes; nothing if there is none."""
+        return {self.path: self.path.stat().st_size} if self.path.exists() else {}
 
     def restore_from(self, folder: Path) -> None:
         """Forgets what came after the checkpoint in ``folder``, lines cut by a kill included."""

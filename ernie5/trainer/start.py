@@ -2,26 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
-from paddle import nn
-
+from ernie5.checkpoint import Checkpoint, checkpoints_dir, forget_run, step_checkpoints
+from ernie5.checkpoint.state import MODEL
 from ernie5.config import Config, dump_config, load_config
+from ernie5.parallel.layout import Layout, world_size
 from ernie5.tokenizers.fingerprint import check_tokenizers, record_tokenizers
-from ernie5.trainer.checkpoint import checkpoints_dir, forget_run, load_weights, step_checkpoints
 
 RECORD = "config.yaml"
 COMPARED = ("model", "tokenizers", "data", "trainer")
 # May change between the parts of one run: how long it goes on and how it is watched.
-FREE = ("trainer.max_steps", "trainer.save_steps", "trainer.log_steps", "data.workers")
+FREE = ("trainer.max_steps", "trainer.save_steps", "trainer.log_steps", "trainer.async_save", "data.workers")
 
 
-def differences(old: Config, new: Config) -> list[str]:
-    """Dotted keys on which a continued run may not differ, each with both values."""
-    before, after = _flat(asdict(old)), _flat(asdict(new))
+def differences(old: Config, new: Config, ranks: tuple[int, int] = (1, 1)) -> list[str]:
+    """Dotted keys on which a continued run may not differ, each with both values.
+
+    ``ranks``: processes before and after. They may share the work as they like, if a step has as many rows as before.
+    """
+    before, after = _compared(old, ranks[0]), _compared(new, ranks[1])
     keys = sorted(key for key in before.keys() | after.keys() if key.split(".")[0] in COMPARED and key not in FREE)
     return [f"{key}: {before.get(key)} -> {after.get(key)}" for key in keys if before.get(key) != after.get(key)]
+
+
+def _compared(config: Config, ranks: int) -> dict[str, object]:
+    flat = _flat(asdict(config))
+    rows = flat.pop("trainer.rows_per_step") * Layout(config.parallel, ranks).rows
+    step_rows = rows * flat.pop("trainer.gradient_accumulation")
+    ramp = [[step, rows * accumulation] for step, accumulation in flat.pop("trainer.batch_ramp")]
+    return flat | {
+        "trainer.rows_per_step x gradient_accumulation x readers": step_rows,
+        "trainer.batch_ramp in rows": ramp,
+    }
 
 
 def start(config: Config, run_dir: Path, choice: str = "auto") -> bool:
@@ -35,7 +50,8 @@ def start(config: Config, run_dir: Path, choice: str = "auto") -> bool:
     record = checkpoints_dir(run_dir) / RECORD
     found = step_checkpoints(run_dir)
     if found and choice == "auto" and record.exists():
-        changed = differences(load_config(record), config)
+        with Checkpoint(found[-1]) as newest:
+            changed = differences(load_config(record), config, (newest.ranks, world_size()))
         if changed:
             raise ValueError(
                 f"{run_dir} holds a run of another configuration ({'; '.join(changed[:3])}"
@@ -46,14 +62,15 @@ def start(config: Config, run_dir: Path, choice: str = "auto") -> bool:
     return bool(found)
 
 
-def record_start(config: Config, run_dir: Path, model: nn.Layer) -> None:
-    """Writes the configuration and what its checkpoints belong to, once nothing speaks against training ``model``.
+def record_start(config: Config, run_dir: Path, shapes: Mapping[str, Iterable[int]]) -> None:
+    """Writes the configuration and what its checkpoints belong to, once nothing speaks against training.
 
-    ``ValueError``, with nothing written, if the newest checkpoint does not fit the model; its weights are loaded.
+    ``ValueError``, with nothing written, if the newest checkpoint does not fit a model of these tensors.
     """
     found = step_checkpoints(run_dir)
     if found:
-        load_weights(model, found[-1])
+        with Checkpoint(found[-1]) as newest:
+            newest.check_names(MODEL, shapes)
     dump_config(config, run_dir / "config.yaml")
     dump_config(config, checkpoints_dir(run_dir) / RECORD)
     record_tokenizers(run_dir / "tokenizers", checkpoints_dir(run_dir))

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import gc
+import json
+import shutil
+import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 import paddle
+from tqdm import tqdm
 
-from ernie5.files import replacing_folder
+from ernie5.checkpoint import ALONE, Checkpoint, Held, Part, Saver, Tensors, checkpoints_dir, step_checkpoints
+from ernie5.checkpoint.export import CONFIG, export_weights
+from ernie5.checkpoint.run import FINAL
+from ernie5.checkpoint.state import MODEL, OPTIMIZER, held_moments, held_weights, load_moments, load_weights
 from ernie5.model.losses import total_weights
 from ernie5.paddlenlp import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
-from ernie5.trainer import checkpoint as ckpt
 from ernie5.trainer.arguments import Ernie5TrainingArguments
 from ernie5.trainer.callbacks import Dashboards, Progress, RouterBalance, Schedules, StepLog
 from ernie5.trainer.loader import RowLoader
@@ -22,6 +30,7 @@ from ernie5.trainer.metrics import IntervalMeter, StepMeter
 from ernie5.trainer.nonfinite import NonFiniteError, dump
 from ernie5.trainer.optimizer import GuardedClip, build_optimizer
 from ernie5.trainer.schedules import LearningRate, value_at
+from ernie5.trainer.state import TRAINER_STATE, TRAINING, random_text, read_training, restore_random, training_text
 
 
 class Ernie5Trainer(Trainer):
@@ -43,6 +52,10 @@ class Ernie5Trainer(Trainer):
         worker: Any = None,
     ) -> None:
         self.worker = worker
+        self.processes = worker.processes if worker else ALONE
+        self.saver: Saver | None = None
+        self._source: Checkpoint | None = None  # of a run that continues
+        self._saved_step = -1
         self.run_dir = Path(args.output_dir)
         self.first_accumulation = args.gradient_accumulation_steps
         self.loader: RowLoader | None = None
@@ -57,6 +70,8 @@ class Ernie5Trainer(Trainer):
             data_collator=data_collator or _packed_collate(),
             callbacks=[*own, *callbacks],
         )
+        self.shapes = worker.shapes if worker else {n: tuple(t.shape) for n, t in model.state_dict().items()}
+        self.part_of = worker.part_of if worker else lambda name: Part(self.shapes[name])
         for replaced in (ProgressCallback, PrinterCallback):
             self.remove_callback(replaced)
         model.set_loss_weights(
@@ -71,26 +86,39 @@ class Ernie5Trainer(Trainer):
         Raises ``ValueError`` if the folder holds a run and ``resume`` is False, or if a checkpoint does not fit;
         ``NonFiniteError`` before an update that a NaN or infinity would spoil.
         """
-        start = self._starting_point(resume)
-        self._first_row = ckpt.read_training(start)["rows_consumed"] if start else 0
-        if start and ckpt.read_training(start)["step"] >= self.args.max_steps:
-            self._load_from_checkpoint(start)
-        else:
-            # PaddleNLP sizes its loop once: with the largest accumulation it can never end a step early.
-            ramp = [accumulation for _, accumulation in self.args.batch_ramp]
-            self.args.gradient_accumulation_steps = max([self.first_accumulation, *ramp])
-            gc.freeze()  # else the collector walks all of Paddle's objects again and again: 3 % of a step, and jitter
-            try:
-                super().train(resume_from_checkpoint=str(start) if start else None)
-            finally:
-                gc.unfreeze()
-                self._close()
-            if not (ckpt.checkpoints_dir(self.run_dir) / f"step-{self.state.global_step}").exists():
-                self._save_checkpoint(self.model)
-        self.save_model(ckpt.checkpoints_dir(self.run_dir) / ckpt.FINAL)
+        start = self.processes.on_first(lambda: self._starting_point(resume))
+        self.saver = Saver(
+            self.run_dir, self.processes, self.args.save_total_limit, self.args.async_save, self._announce
+        )
+        with ExitStack() as opened:
+            if start:
+                self._source = opened.enter_context(Checkpoint(start))
+                self._source.verify(self.processes)
+                self._saved_step = self._source.step
+            self._train()
+        self.saver.finish()
+        with Checkpoint(checkpoints_dir(self.run_dir) / f"step-{self._saved_step}") as last:
+            export_weights(last, checkpoints_dir(self.run_dir) / FINAL, self.processes)
+
+    def _train(self) -> None:
+        if self._saved_step >= self.args.max_steps:
+            self._load_from_checkpoint(self._source.folder)
+            return
+        self._first_row = read_training(self._source)["rows_consumed"] if self._source else 0
+        # PaddleNLP sizes its loop once: with the largest accumulation it can never end a step early.
+        ramp = [accumulation for _, accumulation in self.args.batch_ramp]
+        self.args.gradient_accumulation_steps = max([self.first_accumulation, *ramp])
+        gc.freeze()  # else the collector walks all of Paddle's objects again and again: 3 % of a step, and jitter
+        try:
+            super().train(resume_from_checkpoint=str(self._source.folder) if self._source else None)
+        finally:
+            gc.unfreeze()
+            self._close()
+        if self._saved_step != self.state.global_step:
+            self._save_checkpoint(self.model)
 
     def _starting_point(self, resume: bool) -> Path | None:
-        found = ckpt.step_checkpoints(self.run_dir)
+        found = step_checkpoints(self.run_dir)
         if found and not resume:
             raise ValueError(
                 f"{self.run_dir} already holds a run (newest checkpoint: {found[-1].name}); continue it with resume, "
@@ -100,9 +128,13 @@ class Ernie5Trainer(Trainer):
             self.log_file.path.unlink(missing_ok=True)  # lines of a run that was stopped before its first checkpoint
         return found[-1] if found else None
 
+    def _announce(self, name: str, seconds: float) -> None:
+        tqdm.write(f"checkpoint {name} is complete after {seconds:.1f} s", file=sys.stderr)
+
     def _close(self) -> None:
         if self.loader is not None:
             self.loader.close()
+        self.saver.wait()
         self.log_file.close()
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, Progress | Dashboards):
@@ -171,7 +203,7 @@ class Ernie5Trainer(Trainer):
             outputs = model(total=self._total, **{name: paddle.to_tensor(value) for name, value in inputs.items()})
         loss = outputs["loss"]
         losses = {"loss": loss, **{f"loss/{name}": value for name, value in outputs["losses"].items()}}
-        values = paddle.stack([value.detach().astype("float32").reshape([]) for value in losses.values()]).tolist()
+        values = paddle.stack([value.detach().astype("float64").reshape([]) for value in losses.values()]).tolist()
         losses = dict(zip(losses, values, strict=True))
         self.step_meter.add(losses, int(outputs["tokens"]), self.loader.last_rows)
         if not np.isfinite(values).all():
@@ -219,39 +251,50 @@ class Ernie5Trainer(Trainer):
     # ------------------------------------------------------------------ checkpoints
 
     def save_model(self, output_dir: str | Path, merge_tensor_parallel: bool = False) -> None:
-        """``model.save_pretrained`` into ``output_dir``, which is complete or absent."""
-        if self.worker:
-            self.worker.save_weights(Path(output_dir))
-            return
-        with replacing_folder(output_dir) as folder:
-            self.model.save_pretrained(str(folder), safe_serialization=True)
+        """The whole model's weights in ``output_dir``, complete or absent, for ``from_pretrained``.
+
+        Every process calls it.
+        """
+        output_dir = Path(output_dir)
+        staging = output_dir.with_name(f".{output_dir.name}.parts")
+        saver = Saver(staging, self.processes, background=False)
+        saver.save(0, {MODEL: self._weights()}, "{}", {CONFIG: self.model.config.to_json_string()})
+        with Checkpoint(checkpoints_dir(staging) / "step-0") as parts:
+            export_weights(parts, output_dir, self.processes)
+        if self.processes.first:
+            shutil.rmtree(staging)
 
     def _save_checkpoint(self, model: paddle.nn.Layer, metrics: dict | None = None) -> None:
-        if self.worker:
-            return  # of several processes, the weights at the end are all that is saved
         step = self.state.global_step
         self.state.consumed_samples = self.loader.cursor
-        with replacing_folder(ckpt.checkpoints_dir(self.run_dir) / f"step-{step}") as folder:
-            self.model.save_pretrained(str(folder), safe_serialization=True)
-            ckpt.save_optimizer(self.model, self.optimizer, folder)
-            ckpt.save_training(folder, step, self.loader.cursor, self.lr_scheduler.state_dict())
-            self.state.save_to_json(str(folder / "trainer_state.json"))
-            self.log_file.copy_to(folder)
-        ckpt.remove_old(self.run_dir, self.args.save_total_limit)
+        tensors: Tensors = {
+            MODEL: self._weights(),
+            OPTIMIZER: held_moments(self.model, self.optimizer, self.part_of),
+        }
+        shared = {
+            CONFIG: self.model.config.to_json_string(),
+            TRAINING: training_text(step, self.loader.cursor, self.lr_scheduler.state_dict()),
+            TRAINER_STATE: json.dumps(asdict(self.state), indent=2),
+        }
+        self.saver.save(step, tensors, random_text(), shared, self.log_file.so_far())
+        self._saved_step = step
+
+    def _weights(self) -> dict[str, Held]:
+        return held_weights(self.model, self.optimizer, self.part_of)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str | Path | None = None) -> None:
         if resume_from_checkpoint is not None:
-            ckpt.load_weights(self.model, Path(resume_from_checkpoint))
+            self._source.check_names(MODEL, self.shapes)
+            load_weights(self.model, self._source, self.part_of)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
-        folder = Path(checkpoint)
-        state = ckpt.read_training(folder)
-        ckpt.load_optimizer(self.model, self.optimizer, folder)
-        self.lr_scheduler.set_state_dict(state["learning_rate"])
-        ckpt.restore_random(state["random"])
-        self.log_file.restore_from(folder)
+        load_moments(self.model, self.optimizer, self._source, self.shapes, self.part_of)
+        self.lr_scheduler.set_state_dict(read_training(self._source)["learning_rate"])
+        restore_random(self._source, self.processes.rank, self.processes.count)
+        if self.processes.first:
+            self.log_file.restore_from(self._source.folder)
 
 
 def _packed_collate() -> Callable[[list], Mapping[str, np.ndarray]]:

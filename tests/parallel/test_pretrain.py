@@ -1,4 +1,4 @@
-"""``tools/pretrain.py`` as several processes: the same losses as one, and the whole model at the end."""
+"""``tools/pretrain.py`` as several processes: the same losses as one, which also goes on where they stopped."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ernie5.parallel.launch import LaunchError, launch
 from tests.trainer.test_pretrain import TOOL, config_file  # noqa: F401  (a fixture)
 
 ROOT = Path(__file__).parents[2]
-SIZES = ["model.num_kv_heads=2", "trainer.rows_per_step=1", "trainer.warmup_steps=1"]
+SIZES = ["model.num_kv_heads=2", "trainer.rows_per_step=1", "trainer.warmup_steps=1", "trainer.decay_fraction=0"]
 
 
 def train(config: Path, ranks: int, run_dir: Path, *overrides: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -32,24 +32,22 @@ def train(config: Path, ranks: int, run_dir: Path, *overrides: str) -> tuple[np.
 
 @pytest.mark.dist
 @pytest.mark.slow
-def test_two_stages_of_two_readers_train_as_one_process(config_file, tmp_path):  # noqa: F811
+def test_two_stages_of_two_readers_train_as_one_process_which_continues_from_them(config_file, tmp_path):  # noqa: F811
     expected, weights = train(config_file, 1, tmp_path / "one", "trainer.gradient_accumulation=4")
-    found, split = train(
-        config_file,
-        4,
-        tmp_path / "many",
-        "trainer.gradient_accumulation=2",
-        "parallel.pipeline=2",
-        "parallel.sharding=2",
-        "parallel.expert=2",
-    )
-    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    many = ("trainer.gradient_accumulation=2", "parallel.pipeline=2", "parallel.sharding=2", "parallel.expert=2")
+    train(config_file, 4, tmp_path / "many", *many, "trainer.max_steps=2")
+    found, split = train(config_file, 4, tmp_path / "many", *many, "trainer.max_steps=3")
+    np.testing.assert_allclose(found, expected[:3], rtol=1e-4)
     assert split.keys() == weights.keys()
+    found, split = train(config_file, 1, tmp_path / "many", "trainer.gradient_accumulation=4")
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
     for name, value in weights.items():
         np.testing.assert_allclose(split[name], value, atol=1e-2, err_msg=name)
+    with pytest.raises(LaunchError, match=r"rows_per_step x gradient_accumulation x readers: 4 -> 1\); --resume"):
+        train(config_file, 1, tmp_path / "many", "trainer.max_steps=5")
 
 
 @pytest.mark.dist
 def test_degrees_that_do_not_fit_end_every_process_with_one_line(config_file, tmp_path):  # noqa: F811
-    with pytest.raises(LaunchError, match=r"rank 0\] pretrain: parallel: tensor 1 .* = 3 does not divide the 2 proc"):
+    with pytest.raises(LaunchError, match=r"rank \d\] pretrain: parallel: tensor 1 .* = 3 does not divide the 2 proc"):
         train(config_file, 2, tmp_path / "run3", "parallel.sharding=3")

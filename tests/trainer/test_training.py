@@ -10,9 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
-from ernie5.trainer import Ernie5Trainer, NonFiniteError, forget_run, step_checkpoints, training_arguments
+from ernie5.checkpoint import ALONE, Checkpoint, Saver, forget_run, step_checkpoints
+from ernie5.model import Ernie5ForCausalLM
+from ernie5.trainer import Ernie5Trainer, NonFiniteError, training_arguments
 from ernie5.trainer.metrics import interval_means, load_metrics
 from tests.trainer.tiny_run import SHAPE, MadeUpRows, tiny_config, tiny_model, tiny_trainer
 
@@ -140,13 +142,13 @@ def test_random_states_continue(tmp_path: Path) -> None:
 
     import paddle
 
-    from ernie5.trainer.checkpoint import read_training, restore_random, save_training
+    from ernie5.trainer.state import random_text, restore_random
 
     for draw in (lambda: random.random(), lambda: np.random.rand(2).tolist(), lambda: paddle.rand([2]).tolist()):  # noqa: NPY002
         draw()
-        save_training(tmp_path, 3, 7, {})
+        Saver(tmp_path, ALONE, background=False).save(3, {}, random_text(), {})
         expected = [draw(), draw()]
-        restore_random(read_training(tmp_path)["random"])
+        restore_random(Checkpoint(tmp_path / "checkpoints" / "step-3"), 0, 1)
         assert [draw(), draw()] == expected
 
 
@@ -182,31 +184,39 @@ def test_only_the_newest_checkpoints_are_kept(finished: Path) -> None:
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda saved: saved.pop("norm.weight"), r"'norm.weight' \[32\] of the model is not in it"),
-        (
-            lambda saved: saved.update({"norm.weight": np.zeros(7, np.float32)}),
-            r"'norm.weight' is \[7\], the model expects \[32\]",
-        ),
-        (lambda saved: saved.update({"more": np.zeros(1, np.float32)}), "the model has no 'more'"),
+        ({"num_layers": 3}, r"'layers\.2\..*' \[32.*\] of the model is not in it"),
+        ({"vocab_size": 96}, r"'embedding.tokens.weight' is \[64, 32\], the model expects \[96, 32\]"),
+        ({"mtp_depth": 0}, "the model has no 'mtp"),
     ],
 )
 def test_a_checkpoint_of_another_shape_is_refused(tmp_path: Path, change, message: str) -> None:
     tiny_trainer(tmp_path, tiny_config(4)).train()
-    path = tmp_path / "checkpoints" / "step-4" / "model.safetensors"
-    saved = load_file(path)
-    change(saved)
-    save_file(saved, path)
     with pytest.raises(ValueError, match=message) as caught:
-        tiny_trainer(tmp_path, tiny_config(8)).train(resume=True)
+        tiny_trainer(tmp_path, tiny_config(8), model=tiny_model(**change)).train(resume=True)
     assert "checkpoint of another shape" in str(caught.value) and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "training.json"])
-def test_a_corrupt_checkpoint_is_refused(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("model-00000-000.safetensors", b"{", "1 bytes, the manifest says"),
+        ("optimizer-00000-000.safetensors", None, "its contents have changed"),
+        ("training.json", b"{}", "2 bytes, the manifest says"),
+        ("manifest.json", b"{", "unreadable complete checkpoint"),
+    ],
+)
+def test_a_corrupt_checkpoint_is_refused(tmp_path: Path, name: str, content: bytes | None, message: str) -> None:
     tiny_trainer(tmp_path, tiny_config(2)).train()
-    (tmp_path / "checkpoints" / "step-2" / name).write_bytes(b"{")
-    with pytest.raises(ValueError, match=f"{name}: unreadable"):
+    path = tmp_path / "checkpoints" / "step-2" / name
+    path.write_bytes(content or path.read_bytes()[:-1] + b"x")
+    with pytest.raises(ValueError, match=f"{name}: {message}"):
         tiny_trainer(tmp_path, tiny_config(8)).train(resume=True)
+
+
+def test_a_step_can_be_loaded_as_a_model(finished: Path) -> None:
+    whole = Ernie5ForCausalLM.from_pretrained(finished / "checkpoints" / "final").state_dict()
+    for name, tensor in Ernie5ForCausalLM.from_pretrained(finished / "checkpoints" / "step-14").state_dict().items():
+        np.testing.assert_array_equal(tensor.numpy(), whole[name].numpy())
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from dataclasses import replace
 
 import numpy as np
 
@@ -99,13 +100,15 @@ def tiny_config(steps: int, **trainer: object) -> Config:
     return config
 
 
-def tiny_model() -> Ernie5ForCausalLM:
-    return Ernie5ForCausalLM(Ernie5Config.from_model_config(SHAPE), seed=5)
+def tiny_model(**changes: object) -> Ernie5ForCausalLM:
+    return Ernie5ForCausalLM(Ernie5Config.from_model_config(replace(SHAPE, **changes)), seed=5)
 
 
-def tiny_trainer(run_dir: str, config: Config, rows: MadeUpRows | None = None) -> Ernie5Trainer:
+def tiny_trainer(
+    run_dir: str, config: Config, rows: MadeUpRows | None = None, model: Ernie5ForCausalLM | None = None
+) -> Ernie5Trainer:
     args = training_arguments(config, run_dir)
-    return Ernie5Trainer(model=tiny_model(), args=args, train_dataset=rows or MadeUpRows())
+    return Ernie5Trainer(model=model or tiny_model(), args=args, train_dataset=rows or MadeUpRows())
 
 
 def main() -> None:
