@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from ernie5.checkpoint.part import Part
@@ -36,7 +37,7 @@ def export_weights(checkpoint: Checkpoint, target: Path, processes: Processes, s
         for number in range(processes.rank, len(shards), processes.count):
             tensors = {name: _whole(checkpoint, name) for name in shards[number]}
             save_file(tensors, partial / names[number], metadata={"format": "np"})
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         problem = f"{target} is not written: {error}; free space and resume, the last checkpoint is complete"
     try:
         processes.agree(problem)

@@ -38,7 +38,7 @@ POLL_SECONDS, PATIENCE_SECONDS = 0.02, 1800.0  # between looks for receipts; wit
 
 @dataclass(frozen=True)
 class Held:
-    """A tensor of this process: ``read()`` copies it to an array. Of two copies the one of higher ``rank`` is saved."""
+    """A tensor of this process; ``read()`` copies it to an array. Of its copies one of highest ``precedence`` is saved."""
 
     read: Callable[[], np.ndarray]
     part: Part
@@ -119,7 +119,7 @@ class Saver:
                 complete(job, checkpoints_dir(self.run_dir) / name, step)
                 self.announce(name, time.perf_counter() - started)
                 remove_old(self.run_dir, self.keep)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # noqa: BLE001 (raised in the main thread, by ``finish``)
             self._problem = f"checkpoint {name} is not written: {error}; mend that, then resume"
 
     def _check_shared(self) -> None:
@@ -176,7 +176,7 @@ class _Job:
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
             receipt = self._files()
-        except OSError as error:
+        except Exception as error:  # noqa: BLE001 (whatever it is, the first process must not wait)
             problem = f"rank {self.processes.rank} on {os.uname().nodename}: {error}"
             self._receipt({"problem": problem})
             raise ValueError(problem) from None
