@@ -38,7 +38,7 @@ POLL_SECONDS, PATIENCE_SECONDS = 0.02, 1800.0  # between looks for receipts; wit
 
 @dataclass(frozen=True)
 class Held:
-    """A tensor of this process; ``read()`` copies it to an array. Of its copies one of highest ``precedence`` is saved."""
+    """A tensor of this process; ``read()`` copies it. Of its copies one of the highest ``precedence`` is saved."""
 
     read: Callable[[], np.ndarray]
     part: Part
