@@ -139,6 +139,7 @@ def kill(layout: str, kills: int, seed: int, folder: Path) -> dict[str, float]:
         found = step_of(newest[0]) if newest[0] else -1
         older += found < announced
         corrupt += not _whole(newest[0])
+    assert announced > 0, f"no checkpoint was announced; see {folder / 'logs'}"
     launch(layout, steps, 1, [run])
     same = (run / "train_log.jsonl", folder / "unharmed" / "train_log.jsonl")
     killed, unharmed = ([_without_times(line) for line in path.read_text().splitlines()] for path in same)
