@@ -39,7 +39,7 @@ def memory(config: Config, world: int = 0, stage: int = 0, skew: float = 1.0) ->
 )
 def test_activations_and_peak_are_those_of_a_step(options):
     """Within 5 % of Paddle's own count: what forward keeps, and the most there is until the backward pass ends."""
-    from benchmarks.plan_accuracy import SingleProcess, micro_batches
+    from benchmarks.plan_runs import SingleProcess, micro_batches
     from ernie5.ops import kernels
 
     if not kernels.available("moe_ffn"):
