@@ -28,7 +28,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 from tqdm import tqdm  # noqa: E402
 
 from benchmarks import common  # noqa: E402
-from benchmarks.plan_runs import LINK, RUNS, Run  # noqa: E402
+from benchmarks.plan_runs import LINK, RUNS  # noqa: E402
 from ernie5.config import PRESETS, ModelConfig, ParallelConfig, load_config, model_preset, num_params  # noqa: E402
 from ernie5.parallel.launch import LaunchError, launch  # noqa: E402
 from ernie5.planning import Layout, Plan, load_machine  # noqa: E402
@@ -58,9 +58,8 @@ def report_memory(report: common.Report, found: dict[str, list[Found]], plans: d
         rank = off.index(max(off))
         errors[name] = off[rank]
         sizes = predicted[rank], ranks[rank]["peak"], ranks[rank]["allocated"]
-        counted = f"{sizes[0] / sizes[2] - 1:+.1%}"
-        where = f"{rank} of {len(ranks)}"
-        rows.append([name, where, *(f"{size / 2**20:,.0f}" for size in sizes), f"{sizes[0] / sizes[1] - 1:+.1%}", counted])
+        over = [f"{sizes[0] / size - 1:+.1%}" for size in sizes[1:]]
+        rows.append([name, f"{rank} of {len(ranks)}", *(f"{size / 2**20:,.0f}" for size in sizes), *over])
     columns = ["run", "rank", "predicted MB", "held", "in tensors", "error", "of tensors"]
     report.table("Memory of the process that is predicted worst", columns, rows)
     several = [errors[name] for name, ranks in found.items() if len(ranks) > 1]
@@ -74,7 +73,8 @@ def report_time(report: common.Report, found: dict[str, list[Found]], plans: dic
     """``step_time_order``: share of the pairs with clearly different times that the plan orders alike."""
     taken = {name: max(values["seconds"] for values in ranks) for name, ranks in found.items()}
     predicted = {name: plans[name].time.total for name in found}
-    rows = [[n, f"{predicted[n]:.3f}", f"{taken[n]:.3f}", f"{predicted[n] / taken[n]:.2f}"] for n in sorted(taken, key=taken.get)]
+    ordered = sorted(taken, key=taken.get)
+    rows = [[n, f"{predicted[n]:.3f}", f"{taken[n]:.3f}", f"{predicted[n] / taken[n]:.2f}"] for n in ordered]
     report.table("Seconds of a step, the fastest first", ["run", "predicted", "measured", "ratio"], rows)
     pairs = [(a, b) for a, b in combinations(found, 2) if not 1 / CLEAR < taken[a] / taken[b] < CLEAR]
     wrong = [(a, b) for a, b in pairs if (taken[a] < taken[b]) != (predicted[a] < predicted[b])]

@@ -1,6 +1,6 @@
 """The runs that ``plan_accuracy.py`` measures, and what one of their processes does.
 
-    python -m benchmarks.plan_runs RUN OUT     # in each process: RUN is a ``Run`` as JSON or "link", OUT a folder
+python -m benchmarks.plan_runs RUN OUT     # in each process: RUN is a ``Run`` as JSON or "link", OUT a folder
 """
 
 from __future__ import annotations

@@ -142,6 +142,11 @@ class StageMemory:
         return self.kept_of_attention + self.kept_of_router + self.kept_of_experts + self.kept_of_shared
 
     @cached_property
+    def made_by_block(self) -> int:
+        """The same where expert sub-batches keep nothing: what passes through memory."""
+        return self.kept_of_block - self.kept_of_experts + self._expert_bytes(self.received)
+
+    @cached_property
     def kept_of_checkpoint(self) -> int:
         """What stays of a block between the passes: everything, or its input [L,D] where it is recomputed."""
         return self.states if self.model.recompute else self.kept_of_block
@@ -270,7 +275,7 @@ class StageMemory:
             groups[layout.expert] += self.owned.experts
         if self.stage == 0 or self.last:
             groups[0] += tied_parameters(self.model, layout)
-        return max(groups.values()) * self.bytes.gradient
+        return max(groups.values(), default=0) * self.bytes.gradient
 
     def peak(self) -> RankMemory:
         """The fullest moment: backward through the heads, MTP, a block or the look-up, or the sum over replicas.
