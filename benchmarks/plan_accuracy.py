@@ -1,234 +1,155 @@
 #!/usr/bin/env python
-"""What ``tools/plan.py`` predicts against what training takes: peak memory, and the order of step times.
+"""What ``tools/plan.py`` predicts against what training takes: peak memory, parameter counts, the order of step times.
 
     python benchmarks/plan_accuracy.py --json out.json
 
-Every run has processes of its own, as many as its layout asks for, on rows of text. Memory is the most that a process
-holds resident, less what it held before the model was built; glibc gives freed blocks back there, so that what counts
-is what is in use (training keeps them: the planner's ``slack``). Time is the fastest of a few steps. The prediction is
-that of the machine ``laptop``.
+Every run has processes of its own, as many as its layout asks for, which share the threads; several talk over gloo.
+Rows are text, one of each process with a short document of every other modality. Memory is the most that a process
+holds resident, less what it held before the model was built; the figure is the largest error of any process. Time is
+the fastest of a few steps of the slowest process. Two runs have an order where their times differ by more than a tenth;
+less is within what the same run differs by from one time to the next. The prediction is that of the machine ``laptop``.
+Parameters are counted in models built without memory, whole and as each rank has them, for every file in
+``fleet_configs/`` and every preset, and in the processes that were measured.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import asdict
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from benchmarks import common, worker  # noqa: E402
-from ernie5.config import Config, ModelConfig, ParallelConfig, TrainerConfig, model_preset  # noqa: E402
-from ernie5.planning import Plan, load_machine, make_plan  # noqa: E402
+from tqdm import tqdm  # noqa: E402
 
-STEPS = 3
+from benchmarks import common  # noqa: E402
+from benchmarks.plan_runs import LINK, RUNS  # noqa: E402
+from ernie5.config import PRESETS, ModelConfig, ParallelConfig, load_config, model_preset, num_params  # noqa: E402
+from ernie5.parallel.launch import LaunchError, launch  # noqa: E402
+from ernie5.planning import Layout, Plan, load_machine  # noqa: E402
+
 TIME_LIMIT = 300  # seconds of one run
 CLEAR = 1.1  # ratio of two measured times from which their order is expected to be predicted
 GIVE_BACK = {"ERNIE5_KEEP_ALLOCATOR": "0", "MALLOC_MMAP_THRESHOLD_": "65536"}
-# So that mini takes seconds a step on a laptop.
-SMALLER = {"nano": {}, "mini": {"num_layers": 2, "audio_levels": 2, "num_experts": 16, "max_sequence_length": 256}}
+
+Found = dict[str, Any]  # what ``plan_runs.measure`` returns
 
 
-@dataclass(frozen=True)
-class Run:
-    """A preset, what is changed in it, a layout and its number of processes."""
-
-    name: str
-    preset: str
-    rows: int
-    accumulation: int = 1
-    model: dict[str, Any] = field(default_factory=dict)
-    parallel: dict[str, Any] = field(default_factory=dict)
-    processes: int = 1
-
-    def config(self) -> Config:
-        model = replace(model_preset(self.preset), **SMALLER[self.preset], **self.model)
-        trainer = TrainerConfig(rows_per_step=self.rows, gradient_accumulation=self.accumulation)
-        return Config(model=model, trainer=trainer, parallel=ParallelConfig(**self.parallel))
-
-    def plan(self) -> Plan:
-        return make_plan(self.name, self.config(), load_machine("laptop"), self.processes)
-
-
-RUNS = (
-    Run("nano, 8 rows", "nano", 8),
-    Run("nano, 32 rows", "nano", 32),
-    Run("nano, 32 rows, recompute", "nano", 32, model={"recompute": True}),
-    Run("nano, 4 x 8 rows", "nano", 8, 4),
-    Run("mini, 1 row", "mini", 1),
-    Run("mini, 4 rows", "mini", 4),
-    Run("mini, 4 rows, recompute", "mini", 4, model={"recompute": True}),
-    Run("mini, 4 rows, recompute, sub-batches", "mini", 4, model={"recompute": True, "moe_sub_batch": 256}),
-)
-
-
-# ---------------------------------------------------------------------- in a process of the run
-
-
-class SingleProcess:
-    """One process that trains the whole model: forward and backward of every micro-batch, then AdamW."""
-
-    def __init__(self, config: Config) -> None:
-        import paddle
-
-        from ernie5.model import Ernie5Config, Ernie5ForCausalLM
-        from ernie5.trainer.optimizer import GuardedClip, build_optimizer
-
-        self.count = config.trainer.gradient_accumulation
-        self.model = Ernie5ForCausalLM(Ernie5Config.from_model_config(config.model))
-        self.model.train()
-        rate, clip = paddle.optimizer.lr.StepDecay(1e-4, 1000), GuardedClip(1.0, lambda norm: None)
-        self.optimizer = build_optimizer(self.model, rate, (0.9, 0.95), 1e-8, 0.1, clip)
-        self.rows = text_rows(config.model, config.trainer.rows_per_step * self.count)
-
-    def step(self) -> None:
-        import paddle
-
-        for part in micro_batches(self.rows, self.count):
-            batch = {name: paddle.to_tensor(values) for name, values in part.items()}
-            (self.model(**batch)["loss"] / self.count).backward()
-        self.optimizer.step()
-        for parameter in self.model.parameters():
-            parameter.clear_gradient(False)
-
-
-def text_rows(model: ModelConfig, count: int) -> list[dict[str, Any]]:
-    """Packed rows of one document of random words each."""
-    import numpy as np
-
-    from benchmarks.train_step import Given
-    from ernie5.model import Ernie5Config
-    from ernie5.sequence.layout import lay_out
-    from ernie5.sequence.packing import pack
-    from ernie5.sequence.parts import Sample, Text
-    from ernie5.sequence.spec import LayoutSpec
-
-    spec = LayoutSpec.of_model(Ernie5Config.from_model_config(model), (1, 2), [model.vision_bits])
-    length = model.max_sequence_length
-    words = np.random.default_rng(0).integers(16, model.vocab_size, (count, length - 2))
-    return [pack([lay_out(Sample([Text("")]), Given(ids), spec)], length) for ids in words]
-
-
-def micro_batches(rows: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
-    from ernie5.sequence.packing import collate
-
-    size = len(rows) // count
-    return [collate(rows[start : start + size]) for start in range(0, len(rows), size)]
-
-
-def measure(run: Run) -> dict[str, float]:
-    """Bytes above a process that trained next to nothing, resident and as Paddle counts them, and seconds of a step."""
-    from ernie5.ops import kernels  # before paddle  # isort: skip
-
-    from paddle.base import core
-
-    config, problem = run.config(), kernels.library().problem
-    SingleProcess(Config(model=model_preset("tiny"))).step()  # libraries are loaded at their first use
-    before = worker.trimmed_bytes()
-    trained = SingleProcess(config)
-    trained.step()  # the optimizer's state is there from the second step on
-    worker.trimmed_bytes()
-    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak counts from here
-    core.host_memory_stat_reset_peak_value("Allocated", 0)
-    seconds = []
-    for _ in range(STEPS):
-        start = time.perf_counter()
-        trained.step()
-        seconds.append(time.perf_counter() - start)
-    peak = worker.status_bytes("VmHWM") - before
-    allocated = core.host_memory_stat_peak_value("Allocated", 0)
-    return {"peak": peak, "allocated": allocated, "seconds": min(seconds), "missing_kernels": problem}
-
-
-# ---------------------------------------------------------------------- all processes
-
-
-def launch(run: Run, threads: int) -> dict[str, float]:
-    """Starts the processes of a run, which share ``threads``; returns the largest of what they measured.
-
-    ``RuntimeError`` with the last words of one that fails.
-    """
+def measured(words: str, processes: int, threads: int) -> list[Found]:
+    """What the processes of a run found, by rank. Raises ``LaunchError`` with the last words of those that failed."""
+    environment = {**GIVE_BACK, "OMP_NUM_THREADS": str(max(1, threads // processes)), "PYTHONPATH": str(common.ROOT)}
     with tempfile.TemporaryDirectory() as folder:
-        processes = [
-            subprocess.Popen(
-                [sys.executable, __file__, "--measure", json.dumps(asdict(run)), f"{folder}/{rank}.json"],
-                env={**os.environ, **GIVE_BACK, "OMP_NUM_THREADS": str(max(1, threads // run.processes))},
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for rank in range(run.processes)
-        ]
-        try:
-            for process in processes:
-                try:
-                    _, words = process.communicate(timeout=TIME_LIMIT)
-                except subprocess.TimeoutExpired:
-                    raise RuntimeError(f"not done within {TIME_LIMIT} s") from None
-                if process.returncode:
-                    raise RuntimeError(words.strip().splitlines()[-1] if words.strip() else "it left no message")
-        finally:
-            for process in processes:
-                process.kill()
-        found = [json.loads(Path(f"{folder}/{rank}.json").read_text(encoding="utf-8")) for rank in range(run.processes)]
-    return {key: max(values[key] for values in found) for key in found[0]}
+        command = [sys.executable, "-m", "benchmarks.plan_runs", words, folder]
+        launch(command, processes, TIME_LIMIT, environment)
+        return [json.loads(Path(folder, f"{rank}.json").read_text(encoding="utf-8")) for rank in range(processes)]
 
 
-def report_memory(report: common.Report, found: dict[str, dict[str, float]], plans: dict[str, Plan]) -> None:
-    rows, errors = [], []
-    for name, values in found.items():
-        predicted = plans[name].fullest.memory.total
-        errors.append(abs(predicted / values["peak"] - 1))
-        counted = predicted / values["allocated"] - 1
-        megabytes = [size / 2**20 for size in (predicted, values["peak"], values["allocated"])]
-        rows.append([name, *(f"{size:,.0f}" for size in megabytes), f"{errors[-1]:.1%}", f"{counted:+.1%}"])
-    report.table(
-        "Memory of the fullest process", ["run", "predicted MB", "held", "in tensors", "error", "of tensors"], rows
-    )
-    report.figure("memory_error_max", max(errors))
+def report_memory(report: common.Report, found: dict[str, list[Found]], plans: dict[str, Plan]) -> None:
+    """A row for the process of each run that is predicted worst."""
+    rows, errors = [], {}
+    for name, ranks in found.items():
+        predicted = [plans[name].stages[values["stage"]].memory.total for values in ranks]
+        off = [abs(size / values["peak"] - 1) for size, values in zip(predicted, ranks, strict=True)]
+        rank = off.index(max(off))
+        errors[name] = off[rank]
+        sizes = predicted[rank], ranks[rank]["peak"], ranks[rank]["allocated"]
+        over = [f"{sizes[0] / size - 1:+.1%}" for size in sizes[1:]]
+        rows.append([name, f"{rank} of {len(ranks)}", *(f"{size / 2**20:,.0f}" for size in sizes), *over])
+    columns = ["run", "rank", "predicted MB", "held", "in tensors", "error", "of tensors"]
+    report.table("Memory of the process that is predicted worst", columns, rows)
+    several = [errors[name] for name, ranks in found.items() if len(ranks) > 1]
+    report.figure("memory_error_max", max(errors.values()))
+    report.figure("memory_error_max_several", max(several, default=None))
     report.figure("memory_runs", len(errors))
+    report.figure("memory_runs_several", len(several))
 
 
-def report_time(report: common.Report, found: dict[str, dict[str, float]], plans: dict[str, Plan]) -> None:
+def report_time(report: common.Report, found: dict[str, list[Found]], plans: dict[str, Plan]) -> None:
     """``step_time_order``: share of the pairs with clearly different times that the plan orders alike."""
-    measured = {name: values["seconds"] for name, values in found.items()}
+    taken = {name: max(values["seconds"] for values in ranks) for name, ranks in found.items()}
     predicted = {name: plans[name].time.total for name in found}
-    rows = [[n, f"{predicted[n]:.3f}", f"{measured[n]:.3f}", f"{predicted[n] / measured[n]:.2f}"] for n in found]
-    report.table("Seconds of a step", ["run", "predicted", "measured", "ratio"], rows)
-    pairs = [(a, b) for a, b in combinations(found, 2) if not 1 / CLEAR < measured[a] / measured[b] < CLEAR]
-    right = sum((measured[a] < measured[b]) == (predicted[a] < predicted[b]) for a, b in pairs)
+    ordered = sorted(taken, key=taken.get)
+    rows = [[n, f"{predicted[n]:.3f}", f"{taken[n]:.3f}", f"{predicted[n] / taken[n]:.2f}"] for n in ordered]
+    report.table("Seconds of a step, the fastest first", ["run", "predicted", "measured", "ratio"], rows)
+    pairs = [(a, b) for a, b in combinations(found, 2) if not 1 / CLEAR < taken[a] / taken[b] < CLEAR]
+    wrong = [(a, b) for a, b in pairs if (taken[a] < taken[b]) != (predicted[a] < predicted[b])]
+    if wrong:
+        report.table("Pairs in the wrong order", ["one", "other"], wrong)
     if pairs:
-        report.figure("step_time_order", right / len(pairs))
+        report.figure("step_time_order", 1 - len(wrong) / len(pairs))
+        report.figure("step_time_pairs", len(pairs))
+
+
+def report_link(report: common.Report, link: Found) -> None:
+    """The loopback device beside what the machine's description says of it."""
+    machine = load_machine("laptop")
+    rows = [
+        ["GB/s of a process", f"{link['bandwidth'] / 1e9:.2f}", machine.intra_bandwidth],
+        ["seconds of an empty message", f"{link['latency']:.1e}", machine.latency],
+    ]
+    report.table("All-reduce between two processes", ["what", "measured", "in laptop.yaml"], rows)
+
+
+def report_parameters(report: common.Report, found: dict[str, list[Found]], plans: dict[str, Plan]) -> None:
+    """``parameter_count_difference_max``: over whole models, parts built without memory, and measured processes."""
+    differences = {
+        name: max(abs(values["parameters"] - plans[name].stages[values["stage"]].held.total) for values in ranks)
+        for name, ranks in found.items()
+    }
+    shapes = {name: (model_preset(name), ParallelConfig()) for name in PRESETS}
+    for path in sorted((common.ROOT / "fleet_configs").glob("*.yaml")):
+        config = load_config(path)
+        shapes[path.name] = config.model, config.parallel
+    for name, (model, parallel) in tqdm(shapes.items(), "parameters", leave=False, disable=None):
+        differences[name] = max(count_differences(model, Layout.of(parallel)))
+    rows = [[name, str(difference)] for name, difference in differences.items() if difference]
+    if rows:
+        report.table("Parameters counted otherwise", ["model", "difference"], rows)
+    report.figure("parameter_count_difference_max", max(differences.values()))
+    report.figure("parameter_counts", len(differences))
+
+
+def count_differences(model: ModelConfig, layout: Layout) -> Iterator[int]:
+    """Parameters too many or too few: of the whole model, and of the part of each stage's ranks."""
+    import paddle
+
+    from ernie5.model import Ernie5Config, Ernie5ForCausalLM
+    from ernie5.planning.dry_run import dry_run
+    from ernie5.planning.shards import held_by_stage
+
+    with paddle.LazyGuard():
+        built = Ernie5ForCausalLM(Ernie5Config.from_model_config(model))
+    yield abs(sum(parameter.size for parameter in built.parameters()) - num_params(model).total)
+    for part in dry_run(model, layout):
+        yield abs(part.parameters - held_by_stage(model, layout, part.stage).total)
 
 
 def main() -> int:
-    if len(sys.argv) == 4 and sys.argv[1] == "--measure":
-        Path(sys.argv[3]).write_text(json.dumps(measure(Run(**json.loads(sys.argv[2])))), encoding="utf-8")
-        return 0
     parser = common.argument_parser(__doc__, rounds=1)
     options = parser.parse_args()
     report, found, failed = common.Report("Plan against measurement", options), {}, {}
     runs = [run for run in RUNS if not options.only or any(word in run.name for word in options.only)]
-    for run in runs:
-        common.progress(run.name)
+    link = measured(LINK, 2, options.threads)[0]
+    for run in (bar := tqdm(runs, "runs", unit="run")):
+        bar.set_postfix_str(run.name)
         try:
-            found[run.name] = launch(run, options.threads)
-        except RuntimeError as error:
-            failed[run.name] = str(error)
-    missing = {name: values.pop("missing_kernels") for name, values in found.items() if values["missing_kernels"]}
-    report.failures(failed | {f"kernels of {name}: references run instead": why for name, why in missing.items()})
+            found[run.name] = measured(json.dumps(asdict(run)), run.processes, options.threads)
+        except LaunchError as error:
+            failed[run.name] = str(error).splitlines()[-1]
+    without = {name: ranks[0]["missing_kernels"] for name, ranks in found.items() if ranks[0]["missing_kernels"]}
+    report.failures(failed | {f"kernels of {name}: references run instead": why for name, why in without.items()})
     if not found:
         return 1
-    plans = {run.name: run.plan() for run in runs}
+    plans: dict[str, Plan] = {run.name: run.plan() for run in runs}
+    report_link(report, link)
     report_memory(report, found, plans)
     report_time(report, found, plans)
+    report_parameters(report, found, plans)
     return report.finish()
 
 

@@ -3,6 +3,7 @@
 from ernie5.config.counting import (
     ParameterCount,
     block_flops,
+    expert_flops,
     flops_per_token,
     head_flops,
     num_params,
@@ -40,6 +41,7 @@ __all__ = [
     "TrainerConfig",
     "VisionTokenizerConfig",
     "block_flops",
+    "expert_flops",
     "dump_config",
     "flops_per_token",
     "head_flops",

@@ -155,9 +155,13 @@ def block_flops(model: ModelConfig, sequence_length: int) -> int:
     """The part of ``flops_per_token`` of one block."""
     sizes = {name: math.prod(shape) for name, shape in block_shapes(model).items() if "norm" not in name}
     active = sum(size for name, size in sizes.items() if "experts" not in name)
-    active += model.experts_per_token * 3 * model.hidden_size * model.expert_intermediate_size
     scores = model.num_heads * model.head_dim * (sequence_length + 1)  # q.k and p.v over half the context
-    return 2 * (active + scores)
+    return 2 * (active + scores) + expert_flops(model)
+
+
+def expert_flops(model: ModelConfig) -> int:
+    """The part of ``block_flops`` of the routed experts."""
+    return 2 * model.experts_per_token * 3 * model.hidden_size * model.expert_intermediate_size
 
 
 def head_flops(model: ModelConfig) -> int:

@@ -22,6 +22,9 @@ HIDDEN = {
     "deepep": 0.8,
 }  # assumed, behind expert compute
 NODE, NETWORK = "node", "network"
+COPY = 3  # passes through memory: read, written, and the written line fetched before
+# Of the rows that leave, there and back: picked by rank, own ones copied twice, joined, picked by token, added.
+DISPATCH_PASSES = 16
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,9 @@ class StageTraffic:
         whole = self.tokens * self.model.hidden_size * self.wide
         count = self.passes * (6 if self.model.shared_expert_intermediate_size else 4)
         count += 2 * (self.stage == 0) + 2 * self.last * (1 + self.model.mtp_depth)
-        return self._repeated("sequence", "gather, reduce-scatter around attention", "tensor", _ring(whole, n), count)
+        size = _ring(whole, n) * (1.5 if self.machine.shared else 1.0)  # gloo adds up everywhere to reduce and scatter
+        what = "gather, reduce-scatter around attention"
+        return self._repeated("sequence", what, "tensor", size, count, copied=COPY * whole)
 
     def context(self) -> Traffic | None:
         """Keys and values of the other parts of the sequence, and their gradients back."""
@@ -76,9 +81,9 @@ class StageTraffic:
             return None
         m = self.model
         whole = 2 * self.row_tokens * m.num_kv_heads // self.layout.tensor * m.head_dim * self.wide
-        return self._repeated(
-            "context", "keys and values, and their gradients", "context", _ring(whole, n), self.passes
-        )
+        size = _ring(whole, n) * (1.5 if self.machine.shared else 1.0)
+        what = "keys and values, and their gradients"
+        return self._repeated("context", what, "context", size, self.passes, copied=2 * COPY * whole)
 
     def expert(self) -> Traffic | None:
         """[L,D] to the ranks that hold a token's experts, with its weights and choices [L,K], and sums back."""
@@ -90,10 +95,11 @@ class StageTraffic:
         sent = leaving * (m.hidden_size * self.wide + 4 * m.experts_per_token)
         near = n if self.machine.shared else min(n, self.machine.devices_per_node)
         far = sent * (n - near) / (n - 1)
-        what = "tokens to experts and back"
+        what, count = "tokens to experts and back", 2 * self.passes
         if far:
-            return self._repeated("expert", what, "expert", far, 2 * self.passes, sent - far)
-        return self._repeated("expert", what, "expert", sent, 2 * self.passes)
+            return self._repeated("expert", what, "expert", far, count, sent - far)
+        rows = self.local * ranks_of_a_token(m, self.layout) * m.hidden_size * self.wide
+        return self._repeated("expert", what, "expert", sent, count, copied=DISPATCH_PASSES / 2 * rows)
 
     def pipeline(self) -> Traffic | None:
         """[L,D] to the next chunk, its gradient to the one before."""
@@ -112,7 +118,9 @@ class StageTraffic:
         sent = 2 * _ring(held.dense - whole, layout.dense_replicas)
         sent += 2 * _ring(whole, layout.stage_ranks) + 2 * _ring(held.experts, layout.expert_replicas)
         group = "dense" if layout.dense_replicas > 1 else "tensor"
-        return self._once("gradients", "summed over replicas", group, sent * size)
+        joined = 0 if layout.sharding > 1 else held.dense * (layout.stage_ranks > 1)
+        joined += held.experts * (layout.expert_replicas > layout.expert_sharding)
+        return self._once("gradients", "summed over replicas", group, sent * size, 2 * COPY * joined * size)
 
     def parameters(self) -> Traffic | None:
         """ZeRO: the updated parameters, from their owners. (Its half of the sum above ends with the owner.)"""
@@ -125,25 +133,35 @@ class StageTraffic:
         count = tied_parameters(self.model, self.layout)
         return self._once("tied tables", "gradients between stages", "ends", count * self.machine.bytes_of.gradient)
 
-    def _repeated(self, kind: str, what: str, group: str, size: float, count: int, near: float = 0.0) -> Traffic:
-        """``count`` messages of ``size`` bytes in each micro-batch, beside ``near`` bytes that stay in the node."""
+    def _repeated(
+        self, kind: str, what: str, group: str, size: float, count: int, near: float = 0.0, copied: float = 0.0
+    ) -> Traffic:
+        """``count`` messages of ``size`` bytes in each micro-batch, beside ``near`` bytes that stay in the node.
+
+        To make and to take a message, ``copied`` bytes pass through memory.
+        """
         link, rate = self._link(group)
         times = count * self.micro_batches
-        seconds = times * (max(size / rate, near / (self.machine.intra_bandwidth * 1e9)) + self.machine.latency)
+        seconds = max(size / rate, near / (self.machine.intra_bandwidth * 1e9)) + self._latency
+        seconds = times * (seconds + self.machine.seconds_of_passes(copied, self.layout.world))
         hidden = HIDDEN[self.layout.dispatcher] if kind == "expert" else 0.0
         return Traffic(kind, what, link, times * (size + near), seconds, seconds * (1 - hidden), True)
 
-    def _once(self, kind: str, what: str, group: str, sent: float) -> Traffic | None:
+    def _once(self, kind: str, what: str, group: str, sent: float, copied: float = 0.0) -> Traffic | None:
         if not sent:
             return None
         link, rate = self._link(group)
-        seconds = sent / rate + self.machine.latency
+        seconds = sent / rate + self._latency + self.machine.seconds_of_passes(copied, self.layout.world)
         return Traffic(kind, what, link, sent, seconds, seconds, False)
+
+    @property
+    def _latency(self) -> float:
+        return self.machine.latency * self.machine.crowd(self.layout.world)
 
     def _link(self, group: str) -> tuple[str, float]:
         machine = self.machine
         if machine.shared or self.layout.span(group) <= machine.devices_per_node:
-            return NODE, machine.intra_bandwidth * 1e9
+            return NODE, machine.intra_bandwidth * 1e9 / machine.crowd(self.layout.world)
         if not machine.inter_bandwidth:
             raise ValueError(
                 f"{machine.name} has no network (inter_bandwidth is 0) and {machine.devices_per_node} devices a node; "

@@ -48,6 +48,7 @@ class Machine:
     inter_bandwidth: float  # GB/s one device sends to other nodes; 0: it has no others
     latency: float  # seconds before the first byte of a message
     efficiency: float  # share of ``flops`` that matrix products of a training step reach
+    activation_passes: int  # memory is passed so often for a value kept for the backward pass; 0: within ``efficiency``
     block_overhead: float  # seconds of a block's forward pass that do not depend on its size; three times that in all
     reserve: float  # GB of each process that hold no tensor: libraries, contexts, communication buffers
     slack: float  # share of the tensors' memory that the allocator holds on top
@@ -55,6 +56,24 @@ class Machine:
     @property
     def bytes_of(self) -> Precision:
         return PRECISIONS[self.precision]
+
+    def crowd(self, world: int) -> float:
+        """Processes on a core, at least 1; 1 where each has a device of its own."""
+        return max(1.0, world / self.devices_per_node) if self.shared else 1.0
+
+    def seconds_of_passes(self, size: float, world: int) -> float:
+        """To pass ``size`` bytes through memory on one core: operators of Paddle that are no products have one thread.
+
+        Nothing where ``efficiency`` has it already.
+        """
+        return size * self.crowd(world) / (self.memory_bandwidth * 1e9) if self.activation_passes else 0.0
+
+    def idle_share(self, stage_ranks: int, world: int) -> float:
+        """Of the time of a turn that its stage waits, what is lost: where several processes share a core, others run.
+
+        One stage at work has ``stage_ranks`` processes.
+        """
+        return self.crowd(stage_ranks) / self.crowd(world)
 
     def processes_here(self, world: int) -> int:
         """Processes of one node."""
@@ -101,6 +120,6 @@ def _check(machine: Machine, where: str) -> None:
     for name in ("devices_per_node", "memory", "flops", "memory_bandwidth", "intra_bandwidth", "efficiency"):
         if not getattr(machine, name) > 0:
             raise ValueError(f"{where}: {name} is {getattr(machine, name)}; it must be above 0")
-    for name in ("inter_bandwidth", "latency", "block_overhead", "reserve", "slack"):
+    for name in ("inter_bandwidth", "latency", "activation_passes", "block_overhead", "reserve", "slack"):
         if getattr(machine, name) < 0:
             raise ValueError(f"{where}: {name} is {getattr(machine, name)}; it must be at least 0")

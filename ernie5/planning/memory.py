@@ -12,13 +12,20 @@ them a token, F and Fs widths of a routed and the shared expert.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import asdict, dataclass
 from functools import cached_property
 
 from ernie5.config import Config
 from ernie5.planning.layout import Layout, micro_batches, ranks_of_a_token
 from ernie5.planning.machine import Precision
-from ernie5.planning.shards import held_by_block, held_by_stage, owned_by_stage
+from ernie5.planning.shards import (
+    held_by_block,
+    held_by_stage,
+    owned_by_stage,
+    replicated_in_tensor_group,
+    tied_parameters,
+)
 
 BATCH_BYTES = 72  # of one position: five int64 fields, three float32 positions, four int32 intervals, a float32 weight
 MILD_SKEW = 2.0  # the busiest rank's experts receive so many times their share
@@ -135,10 +142,14 @@ class StageMemory:
         return self.kept_of_attention + self.kept_of_router + self.kept_of_experts + self.kept_of_shared
 
     @cached_property
+    def made_by_block(self) -> int:
+        """The same where expert sub-batches keep nothing: what passes through memory."""
+        return self.kept_of_block - self.kept_of_experts + self._expert_bytes(self.received)
+
+    @cached_property
     def kept_of_checkpoint(self) -> int:
         """What stays of a block between the passes: everything, or its input [L,D] where it is recomputed."""
-        whole = self.bytes.activation * self.local * self.model.hidden_size
-        return whole if self.model.recompute else self.kept_of_block
+        return self.states if self.model.recompute else self.kept_of_block
 
     @cached_property
     def fields(self) -> int:
@@ -169,28 +180,63 @@ class StageMemory:
         return 2 * wide + self.logits + self.model.mtp_depth * mtp
 
     @cached_property
+    def flying(self) -> int:
+        """Chunk passes that wait for their backward pass."""
+        return self.layout.in_flight(self.stage, self.micro_batches)
+
+    @cached_property
+    def open_batches(self) -> int:
+        return math.ceil(self.flying / self.layout.virtual)
+
+    @cached_property
+    def states(self) -> int:
+        """One tensor of all tokens a rank holds between attentions, [L,D]."""
+        return self.bytes.activation * self.local * self.model.hidden_size
+
+    @cached_property
+    def kept_of_batches(self) -> int:
+        """Fields and tables; in a pipeline also what each chunk pass handed on, from which its backward pass starts."""
+        handed_on = self.flying * self.states if self.layout.pipeline > 1 else 0
+        return self.micro_batches * self.fields + self.open_batches * self.tables + handed_on
+
+    @cached_property
+    def fed_back(self) -> int:
+        """Blocks of this stage behind which audio codes are added (report §2.3.2); the states before stay, too."""
+        m = self.model
+        chunks = self.layout.stage_chunks(self.stage, m.num_layers)
+        return sum(m.num_layers - m.audio_levels <= i < m.num_layers - 1 for chunk in chunks for i in chunk)
+
+    @cached_property
+    def kept_of_blocks(self) -> int:
+        """Of all chunk passes in flight."""
+        passes = self.flying * self.blocks // self.layout.virtual
+        return passes * self.kept_of_checkpoint + self.open_batches * self.fed_back * self.states
+
+    @cached_property
     def activations(self) -> int:
         """Kept when most micro-batches are in flight; the heads are done with one before the next begins."""
-        flying = self.layout.in_flight(self.stage, self.micro_batches)
-        blocks = flying * self.blocks // self.layout.virtual
-        open_batches = math.ceil(flying / self.layout.virtual)
-        rest = self.micro_batches * self.fields + open_batches * self.tables
-        return blocks * self.kept_of_checkpoint + rest + self.kept_of_heads
+        return self.kept_of_blocks + self.kept_of_batches + self.kept_of_heads
 
     # ------------------------------------------------------------------ the peak of a step
 
+    @cached_property
+    def table(self) -> int:
+        """The gradient of the token table [V / tensor, D], which heads and look-ups each make whole and then add up."""
+        return self.bytes.gradient * self.model.vocab_size // self.layout.tensor * self.model.hidden_size
+
     @property
     def work_of_heads(self) -> int:
-        """Gradients of the rows [T,D] and of the output table [V / tensor, D].
+        """Gradients of the rows [T,D] and of the table; that of the logits takes their place.
 
-        That of the logits takes their place; where a loss is added up over parts of the vocabulary on the CPU, three
-        more such matrices exist.
+        The gradient of the head of MTP comes beside that of the text head, whose logits are gone by then. Where a loss
+        is added up over parts of the vocabulary on the CPU, three more matrices like the logits exist before that.
         """
         if not self.last:
             return 0
         rows = self.bytes.activation * self.tokens * self.model.hidden_size
-        table = self.bytes.gradient * self.model.vocab_size // self.layout.tensor * self.model.hidden_size
-        return rows + table + (self.logits * self.bytes.split_loss if self.layout.tensor > 1 else 0)
+        both = 2 * self.table - self.logits if self.model.mtp_depth else 0
+        split = self.logits * self.bytes.split_loss if self.layout.tensor > 1 else 0
+        return rows + max(self.table, both, split)
 
     @cached_property
     def work_of_block(self) -> int:
@@ -214,31 +260,58 @@ class StageMemory:
 
     @property
     def summed_copy(self) -> int:
-        """Gradients are joined in one buffer before they are added up over replicas: of all that have any."""
-        dense = self.held.dense if self.layout.stage_ranks > 1 else 0
-        experts = self.held.experts if self.layout.expert_replicas > 1 else 0
-        return (dense + experts) * self.bytes.gradient
+        """Gradients that one group of ranks adds up are joined in one buffer for that, a group after the other.
+
+        ZeRO adds up in place onto the owners; they join what they own, to add it up over further replicas.
+        """
+        layout, dense = self.layout, self.owned.dense
+        whole = min(replicated_in_tensor_group(self.model, layout, self.stage), dense)
+        groups: Counter[int] = Counter()  # by how far apart its ranks are; 0: on other stages
+        if layout.stage_ranks > layout.sharding:
+            groups[1] += whole
+        if layout.dense_replicas > layout.sharding:
+            groups[layout.tensor] += dense - whole
+        if layout.expert_replicas > layout.expert_sharding:
+            groups[layout.expert] += self.owned.experts
+        if self.stage == 0 or self.last:
+            groups[0] += tied_parameters(self.model, layout)
+        return max(groups.values(), default=0) * self.bytes.gradient
 
     def peak(self) -> RankMemory:
-        """The fullest moment: the backward pass of the heads, that of a block, or the sum over replicas.
+        """The fullest moment: backward through the heads, MTP, a block or the look-up, or the sum over replicas.
 
         ``gradients`` and ``activations`` are those of that moment.
         """
-        moments = [(self.gradients, self.micro_batches * self.fields, self.summed_copy)]
-        head = self.work_of_heads
+        own, fields = self.owned.total * self.bytes.gradient, self.micro_batches * self.fields
+        moments = [(self.gradients, fields, 0), (own, fields, self.summed_copy)]
         if self.layout.sharding_stage == 2 and self.micro_batches > 1:
-            own = self.owned.total * self.bytes.gradient
-            moments += [(own, self.activations, head), *self._backward(own)]
-        elif self.micro_batches > 1:  # a block's expert gradients exist once more until they are added
-            work = max(head, self.work_of_block + self.block.experts * self.bytes.parameter)
-            moments.append((self.gradients, self.activations, work))
+            moments += [(own, self.activations, self.work_of_heads), *self._backward(own)]
+        elif self.micro_batches > 1:
+            moments += self._later_backward()
         else:
-            moments += [(0, self.activations, head), *self._backward(0)]
+            moments += [(0, self.activations, self.work_of_heads), *self._backward(0)]
         gradients, activations, work = max(moments, key=sum)
         return RankMemory(self.parameters, gradients, self.optimizer, activations, work)
 
+    def _later_backward(self) -> list[tuple[int, int, int]]:
+        """(gradients, activations, working bytes) of a backward pass that adds to the gradients of earlier ones.
+
+        A block's expert gradients exist once more until they are added, and so does that of the table, from the first
+        head to the last look-up.
+        """
+        states, below = self.states, self.kept_of_blocks + self.kept_of_batches
+        block = self.work_of_block + self.block.experts * self.bytes.gradient
+        waiting = self.table if self.last and self.layout.pipeline == 1 else 0
+        moments = [(self.gradients, self.activations, self.work_of_heads), (self.gradients, below, block + waiting)]
+        if self.last and self.model.mtp_depth:
+            ahead = self.kept_of_heads - (1 + self.model.mtp_depth) * self.logits
+            moments.append((self.gradients, below + ahead, block + self.table))
+        if self.stage == 0:
+            moments.append((self.gradients, self.kept_of_batches, self.table + waiting + states))
+        return moments
+
     def _backward(self, gradients: int) -> list[tuple[int, int, int]]:
-        """(gradients, activations, working bytes) while each block, the last first, runs backward.
+        """(gradients, activations, working bytes) while each block, the last first, runs backward, then the look-up.
 
         Gradients appear as activations go, on top of those there are.
         """
@@ -246,8 +319,11 @@ class StageMemory:
         gradients += self.gradients - self.blocks * of_block  # of the heads and the block of MTP
         rest = self.micro_batches * self.fields + self.tables
         mtp = self.kept_of_block if self.last and self.model.mtp_depth else 0
-        moments = [(gradients, self.blocks * self.kept_of_checkpoint + rest + mtp, self.work_of_block)]
+        moments = [(gradients, self.kept_of_blocks + rest + mtp, self.work_of_block)]
         for block in range(self.blocks, 0, -1):
             gradients += of_block
-            moments.append((gradients, block * self.kept_of_checkpoint + rest, self.work_of_block))
+            kept = block * self.kept_of_checkpoint + min(block, self.fed_back) * self.states
+            moments.append((gradients, kept + rest, self.work_of_block))
+        if self.stage == 0:
+            moments.append((gradients, rest, self.table + self.states))
         return moments

@@ -27,6 +27,7 @@ MEMORY = {
 OTHER = "#b9bfca"  # allocator and libraries
 TIME = {
     "compute": ("products", "#2f5fd0"),
+    "traffic": ("other operators", "#6f9be8"),
     "overhead": ("dispatch of operators", "#8a3fb5"),
     "communication": ("messages", "#c2571a"),
     "optimizer": ("optimizer", "#13806b"),

@@ -87,6 +87,7 @@ def _step(plan: Plan) -> str:
     time = plan.time
     parts = {
         "products": time.compute,
+        "other operators, passing through memory": time.traffic,
         "dispatch of operators": time.overhead,
         "messages": time.communication,
         "optimizer": time.optimizer,

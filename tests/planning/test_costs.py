@@ -10,6 +10,7 @@ import pytest
 from ernie5.config import Config, ParallelConfig, TrainerConfig, flops_per_token, model_preset
 from ernie5.planning import load_machine, machine_names, make_plan
 from ernie5.planning.machine import MACHINES
+from ernie5.planning.memory import StageMemory
 from ernie5.planning.search import overrides, search
 
 D, HEADS, GROUPS, WIDTH = 128, 4, 2, 32  # of nano
@@ -92,6 +93,38 @@ def test_processes_of_a_laptop_share_it():
     one, two = plan_of(1, "laptop"), plan_of(2, "laptop")
     assert two.limit == one.limit / 2
     assert two.time.compute == pytest.approx(2 * one.time.compute)
+
+
+def test_operators_pass_activations_through_memory_where_efficiency_does_not_have_it():
+    assert plan_of(1, "h100").time.traffic == 0
+    plan = plan_of(1, "laptop")
+    memory = StageMemory(plan.config, plan.layout, plan.machine.bytes_of, 0)
+    passed = 8 * (6 * memory.kept_of_block + memory.kept_of_heads)
+    assert plan.time.traffic == pytest.approx(2 * passed / 17e9)  # two micro-batches
+    again = dataclasses.replace(plan.config, model=dataclasses.replace(plan.config.model, recompute=True))
+    forward = 3 * 6 * memory.kept_of_block
+    assert make_plan("test", again, plan.machine).time.traffic == pytest.approx(2 * (passed + forward) / 17e9)
+
+
+def test_sub_batches_compute_the_experts_once_more():
+    config = Config(model=model_preset("nano"), trainer=TrainerConfig(rows_per_step=4))
+    parts = dataclasses.replace(config, model=dataclasses.replace(config.model, moe_sub_batch=256))
+    whole, cut = (make_plan("test", c, load_machine("laptop")).time for c in (config, parts))
+    experts = 4 * 256 * 7 * 2 * 2 * 3 * D * 64  # tokens, blocks with that of MTP, experts a token, products
+    assert cut.compute - whole.compute == pytest.approx(experts / (0.33e12 * load_machine("laptop").efficiency))
+    assert cut.traffic > whole.traffic
+
+
+def test_gloo_sums_everywhere_to_scatter():
+    """A gather sends what a ring does, a reduce-scatter as much as an all-reduce; float32 in place of bfloat16."""
+    ring, gloo = (sent(plan_of(2, machine, tensor=2), "sequence") for machine in ("h100", "laptop"))
+    assert gloo == 2 * ring * (1 + 2) / 2
+
+
+@pytest.mark.parametrize(("stage_ranks", "world", "share"), [(1, 2, 1.0), (1, 4, 0.5), (2, 4, 0.5), (4, 8, 0.5)])
+def test_who_waits_leaves_a_shared_core_to_others(stage_ranks, world, share):
+    assert load_machine("laptop").idle_share(stage_ranks, world) == share
+    assert load_machine("h100").idle_share(stage_ranks, world) == 1.0
 
 
 @pytest.mark.parametrize("name", machine_names())
