@@ -4,6 +4,7 @@
 #include "adamw/binding.h"
 #include "cross_entropy/binding.h"
 #include "decode_step/binding.h"
+#include "elementwise/binding.h"
 #include "flashmask_attention/binding.h"
 #include "linear/binding.h"
 #include "moe_ffn/binding.h"

@@ -1,7 +1,10 @@
 """The one door to PaddleNLP: every name of it that this project uses, imported on first use and without noise.
 
-Nothing else imports ``paddlenlp``, so replacing it costs this file. ``import ernie5.paddlenlp`` itself is free; the
-first name asked for pays for PaddleNLP's start-up (about two seconds, most of it spent on parts unused here).
+Nothing else imports ``paddlenlp``, so replacing it costs this file. ``import ernie5.paddlenlp`` itself is free.
+
+PaddleNLP's packages import everything they have: a hundred models, a server, data sets, and with them pandas, SciPy
+and Arrow, 200 MB and two seconds. So those that a model or the trainer only passes through are put in place without
+being run; whoever asks one of them for a name, here or in a program that imports ``paddlenlp`` itself, has it run then.
 """
 
 from __future__ import annotations
@@ -9,7 +12,12 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import sys
 import warnings
+from importlib.metadata import version
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import ernie5  # noqa: F401  (sets the environment before paddle loads)
@@ -38,6 +46,9 @@ HOME = {
     "TrainingArguments": "paddlenlp.trainer",
 }
 
+LAZY = ("paddlenlp", "paddlenlp.data", "paddlenlp.transformers")
+EARLIER = {"paddlenlp.trainer": "paddlenlp.prompt"}  # these two import each other, which works from one end only
+
 __all__ = [
     "PretrainedConfig",
     "PretrainedModel",
@@ -51,8 +62,44 @@ __all__ = [
 ]
 
 
+class _Lazy(ModuleType):
+    """A package whose ``__init__`` runs when a name is asked for that is not there yet; its modules can be imported."""
+
+    def __getattr__(self, name: str) -> Any:
+        spec = self.__spec__
+        if name.startswith("__") or spec.loader_state == "run":
+            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+        spec.loader_state = "run"
+        spec.loader.exec_module(self)
+        return getattr(self, name)
+
+
+def _place_lazily() -> None:
+    """Puts the packages of ``LAZY`` into ``sys.modules``, unless the program has imported PaddleNLP already."""
+    found = importlib.util.find_spec(LAZY[0])
+    if LAZY[0] in sys.modules or found is None:
+        return
+    root = Path(found.origin).parent.parent
+    for name in LAZY:
+        folder = root.joinpath(*name.split("."))
+        spec = spec_from_file_location(name, folder / "__init__.py", submodule_search_locations=[str(folder)])
+        module = module_from_spec(spec)
+        module.__class__ = _Lazy
+        sys.modules[name] = module
+        parent, _, child = name.rpartition(".")
+        if parent:
+            setattr(sys.modules[parent], child, module)
+    sys.modules[LAZY[0]].__version__ = version("paddlenlp")  # its own modules ask for this one
+    from paddle import disable_signal_handler
+
+    disable_signal_handler()  # as its __init__ does
+
+
 def _import_quietly(module: str) -> Any:
     """Imports ``module`` of PaddleNLP. Its warnings are about parts unused here, and its log handlers are undone."""
+    _place_lazily()
+    if module in EARLIER:
+        _import_quietly(EARLIER[module])
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
     with warnings.catch_warnings():

@@ -186,6 +186,7 @@ struct Session {
     alignas(64) uint8_t shape[64] = {};
     shape[0] = 1;
     for (int i = 0; i < 8; ++i) shape[16 + 2 * i] = 64, shape[48 + i] = 16;
+    __asm__ volatile("" ::"r"(shape) : "memory");  // the intrinsic tells the compiler of eight bytes only
     _tile_loadconfig(shape);
   }
   ~Session() {

@@ -18,4 +18,7 @@ extern "C" {
 ERNIE5_DECLARE_LINEAR(f32, float)
 ERNIE5_DECLARE_LINEAR(bf16, ernie5::bf16)
 #undef ERNIE5_DECLARE_LINEAR
+
+// Whether large products run on the matrix unit (AMX): float ones too then, and faster than any library's.
+int ernie5_has_matrix_unit();
 }

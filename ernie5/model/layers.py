@@ -12,9 +12,10 @@ from paddle import nn
 
 from ernie5.model.configuration import Ernie5Config
 from ernie5.ops.attention import IntervalMask, flashmask_attention
+from ernie5.ops.elementwise import add, fork
 from ernie5.ops.experts import dense_ffn, moe_ffn
 from ernie5.ops.linear import linear
-from ernie5.ops.norm import add, add_rms_norm, rms_norm
+from ernie5.ops.norm import add_rms_norm, rms_norm
 from ernie5.ops.recompute import recompute
 from ernie5.ops.rope import RopeTables, uni_rope
 from ernie5.ops.route import Routing, permutation, route
@@ -81,7 +82,9 @@ class Attention(nn.Layer):
         cache: LayerCache | None = None,
     ) -> paddle.Tensor:
         batch, length, _ = rope.cos.shape
-        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        q, k, v = (
+            project(part) for project, part in zip((self.q_proj, self.k_proj, self.v_proj), fork(x, 3), strict=True)
+        )
         if x.ndim == 2:
             q, k = q.reshape([batch, length, -1]), k.reshape([batch, length, -1])
         q, k = uni_rope(q, k, rope)
@@ -141,8 +144,10 @@ class Experts(nn.Layer):
 
         In training, at most ``sub_batch`` tokens (0: all) keep activations at a time.
         """
-        out = self.routed(x, routing)
-        return out if shared is None else add(out, shared(x))
+        if shared is None:
+            return self.routed(x, routing)
+        x, again = fork(x, 2)
+        return add(self.routed(x, routing), shared(again))
 
     def routed(self, x: paddle.Tensor, routing: Routing) -> paddle.Tensor:
         if not (self.training and 0 < self.sub_batch < x.shape[0]):
@@ -179,8 +184,8 @@ class MoE(nn.Layer):
         self.shared = SharedExpert(config.hidden_size, width) if width else None
 
     def forward(self, x: paddle.Tensor, valid: paddle.Tensor) -> paddle.Tensor:
-        tokens = x.reshape([-1, x.shape[-1]])
-        return self.experts(tokens, self.router(tokens, valid.flatten()), self.shared).reshape(x.shape)
+        tokens, seen = fork(x.reshape([-1, x.shape[-1]]), 2)
+        return self.experts(tokens, self.router(seen, valid.flatten()), self.shared).reshape(x.shape)
 
 
 class Block(nn.Layer):
@@ -201,7 +206,8 @@ class Block(nn.Layer):
         valid: paddle.Tensor,
         cache: LayerCache | None = None,
     ) -> paddle.Tensor:
-        normed, x = self.moe_norm.add(self.attention(self.attention_norm(x), rope, mask, cache), x)
+        read, x = fork(x, 2)
+        normed, x = self.moe_norm.add(self.attention(self.attention_norm(read), rope, mask, cache), x)
         return add(x, self.moe(normed, valid))
 
 

@@ -27,7 +27,7 @@ from ernie5.model.layers import Block, LayerCache, MoE, RMSNorm, to_bfloat16
 from ernie5.model.losses import LossWeights, bit_loss, token_loss, total_weights
 from ernie5.ops.attention import IntervalMask
 from ernie5.ops.decode import DecodeCache
-from ernie5.ops.norm import add
+from ernie5.ops.elementwise import add
 from ernie5.ops.recompute import recompute
 from ernie5.ops.rope import RopeTables, rope_tables
 from ernie5.paddlenlp import PretrainedModel

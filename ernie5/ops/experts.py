@@ -10,6 +10,7 @@ import paddle.nn.functional as F
 from paddle.autograd import PyLayer, PyLayerContext
 
 from ernie5.ops import kernels
+from ernie5.ops.linear import linear
 
 
 class _Padded:
@@ -101,12 +102,12 @@ def moe_ffn(
 def dense_ffn(x: paddle.Tensor, gate_up: paddle.Tensor, down: paddle.Tensor) -> paddle.Tensor:
     """SwiGLU of every token, the shared expert: x [T,D], gate_up [D,2F] (gate first), down [F,D] -> [T,D].
 
-    One kernel, but for float32 on the CPU: there Paddle's own products around ours for the activation are faster.
+    One kernel, but for float32 on the CPU: there ``linear`` around a kernel for the activation is faster.
     """
     whole = x.dtype == paddle.bfloat16 or kernels.on_gpu(x)
     if whole and kernels.serves("dense_ffn", x, gate_up, down):
         return kernels.call("dense_ffn", [x, gate_up, down])[0]
-    return paddle.matmul(swiglu(paddle.matmul(x, gate_up)), down)
+    return linear(swiglu(linear(x, gate_up)), down)
 
 
 def swiglu(hidden: paddle.Tensor) -> paddle.Tensor:

@@ -7,6 +7,7 @@ asks for the references.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import warnings
 from functools import lru_cache
@@ -22,9 +23,12 @@ SERVED_DTYPES = {paddle.float32, paddle.bfloat16}
 INTEGER_DTYPES = {paddle.int32, paddle.int64}
 OPS = {  # op -> what the model uses it for
     "moe_ffn": "routed experts",
-    "dense_ffn": "shared expert; float32 on the CPU is Paddle's matmul around swiglu",
+    "dense_ffn": "shared expert; float32 on the CPU is linear around swiglu",
     "swiglu": "activation of the shared expert in float32, on the CPU",
-    "linear": "projections and heads in bfloat16; float32 is Paddle's matmul",
+    "linear": "projections and heads in bfloat16; in float32 where the processor has AMX, else Paddle's matmul",
+    "add": "sums of activations",
+    "fork": "sums of gradients",
+    "cast": "between float32 and bfloat16",
     "flashmask_attention": "attention under interval masks",
     "uni_rope": "rotary positions",
     "route": "expert selection",
@@ -99,6 +103,13 @@ def available(name: str) -> bool:
 def reaches(name: str, tensor: paddle.Tensor) -> bool:
     """Whether ours computes the op where the tensor lies: on the CPU, or on a GPU that it has a CUDA kernel for."""
     return available(name) and (not on_gpu(tensor) or (name in ON_GPU and bool(library().architectures)))
+
+
+@lru_cache(maxsize=1)
+def matrix_unit() -> bool:
+    """Whether the library multiplies large matrices on the processor's matrix unit, in float32 too."""
+    path = library().path
+    return path is not None and bool(ctypes.CDLL(str(path)).ernie5_has_matrix_unit())
 
 
 def serves(name: str, *tensors: paddle.Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""``rms_norm``: x / rms(x) * weight, optionally of a sum that is returned too (arXiv 1910.07467); ``add``.
+"""``rms_norm``: x / rms(x) * weight, optionally of a sum that is returned too (arXiv 1910.07467).
 
 Shapes: ... any leading axes, D hidden.
 """
@@ -26,11 +26,6 @@ def add_rms_norm(
         return normed, total
     total = x + residual
     return _reference(total, weight, eps), total
-
-
-def add(x: paddle.Tensor, y: paddle.Tensor) -> paddle.Tensor:
-    """x + y of one shape. Paddle's ``+`` has no bfloat16 kernel on the CPU, its sum of a list has."""
-    return paddle.add_n([x, y]) if x.dtype == paddle.bfloat16 else x + y
 
 
 def _reference(x: paddle.Tensor, weight: paddle.Tensor, eps: float) -> paddle.Tensor:

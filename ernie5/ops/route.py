@@ -11,6 +11,7 @@ import paddle
 import paddle.nn.functional as F
 
 from ernie5.ops import kernels
+from ernie5.ops.elementwise import cast
 from ernie5.ops.linear import linear
 
 
@@ -37,7 +38,7 @@ def route(
     Scores are computed in fp32 (or float64 where the inputs are). The K weights of a token sum to ``scale``. Of equal
     scores the lower expert is taken.
     """
-    logits = linear(x.astype(weight.dtype), weight)
+    logits = linear(cast(x, weight.dtype), weight)
     if kernels.serves("route", logits):
         softmax = activation == "softmax"
         return Routing(*kernels.call("route", [logits, bias, valid], [top_k, softmax, scale]))

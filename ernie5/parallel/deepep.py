@@ -13,7 +13,7 @@ import paddle
 from paddle.autograd import PyLayer, PyLayerContext
 from paddle.distributed.communication.group import Group
 
-from ernie5.ops.norm import add
+from ernie5.ops.elementwise import add
 from ernie5.ops.route import Routing
 from ernie5.parallel.dispatch import Shared, compute_experts
 

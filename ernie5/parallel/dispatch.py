@@ -18,8 +18,8 @@ import paddle
 from paddle.autograd import PyLayer, PyLayerContext
 from paddle.distributed.communication.group import Group
 
+from ernie5.ops.elementwise import add
 from ernie5.ops.experts import moe_ffn
-from ernie5.ops.norm import add
 from ernie5.ops.route import Routing, permutation
 from ernie5.parallel import exchange
 from ernie5.parallel.exchange import InFlight, timeline

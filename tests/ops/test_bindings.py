@@ -10,7 +10,9 @@ import pytest
 
 from ernie5.ops import kernels
 from ernie5.ops.cross_entropy import cross_entropy
+from ernie5.ops.elementwise import add, cast, fork
 from ernie5.ops.experts import dense_ffn, moe_ffn, swiglu
+from ernie5.ops.linear import linear
 from ernie5.ops.norm import add_rms_norm, rms_norm
 from ernie5.ops.patch_embed import patch_embed
 from ernie5.ops.rope import rope_tables, uni_rope
@@ -47,6 +49,12 @@ def _bytes(weight, bias):
     return patch_embed(paddle.to_tensor(video), weight, bias, *PATCH)
 
 
+def _reread(x, y):
+    """Three readers of the sum, one of which leads nowhere."""
+    first, second, _ = fork(add(x, y), 3)
+    return first * 2.0, cast(cast(second, paddle.float32), x.dtype) * 3.0
+
+
 CASES = {  # name -> (op, shapes of its inputs)
     "rms_norm": (lambda x, w: rms_norm(x, w, 1e-6), [(2, 3, 24), (24,)]),
     "add_rms_norm": (lambda x, r, w: add_rms_norm(x, r, w, 1e-6), [(2, 3, 24), (2, 3, 24), (24,)]),
@@ -55,6 +63,9 @@ CASES = {  # name -> (op, shapes of its inputs)
         lambda x: cross_entropy(paddle.add_n([x, x]), paddle.to_tensor([3, -100, 0, 12, 7]), consume=True),
         [(5, 13)],
     ),
+    "add, cast, fork": (_reread, [(3, 5, 7), (3, 5, 7)]),
+    "linear": (linear, [(2, 160, 200), (200, 300)]),
+    "linear, transposed": (lambda x, w: linear(x, w, transposed=True), [(160, 210), (600, 210)]),
     "swiglu": (swiglu, [(2, 3, 14)]),
     "uni_rope": (_turn, [(2, 5, 32), (2, 5, 16)]),
     "dense_ffn": (dense_ffn, [(5, 6), (6, 8), (4, 6)]),
@@ -109,7 +120,7 @@ def test_a_kernel_equals_the_reference(name, dtype, monkeypatch):
     op, shapes = CASES[name]
     if dtype == "bfloat16" and name.startswith("route"):
         pytest.skip("routing is computed in float32")
-    if name == "swiglu" and cuda_stand_in.CALLED in os.environ:
+    if name in ("swiglu", "add, cast, fork", "linear", "linear, transposed") and cuda_stand_in.CALLED in os.environ:
         pytest.skip("has no CUDA kernel")
     rng = np.random.default_rng(0)
     arrays = [rng.standard_normal(shape).astype(np.float32) for shape in shapes]

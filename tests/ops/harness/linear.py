@@ -29,6 +29,8 @@ SHAPES = [
     (129, 401, 67),
     (203, 33, 389),
     (500, 128, 256),
+    (550, 150, 1030),  # several blocks of the matrix unit
+    (40, 1100, 70),  # and several pieces of the summed axis
 ]
 
 
