@@ -12,6 +12,7 @@
 
 #include "common/parallel.h"
 #include "common/simd.h"
+#include "decode_step/choose.h"
 
 namespace ernie5 {
 namespace {
@@ -19,7 +20,7 @@ namespace {
 constexpr int64_t kLanes = 16;
 constexpr int64_t kTokenBlock = 16;  // tokens that share one pass over a piece of weights
 constexpr int64_t kFewTokens = 2;    // up to here, work by token is done by one thread between two phases
-constexpr int64_t kAhead = 8192;     // bytes: the processor's own prefetching ends with the page; 4096 and 16384 were slower
+constexpr int64_t kAhead = 4096;     // weights: the processor's own prefetching ends with the page; 2048 and 8192 were slower
 
 int64_t padded(int64_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
 
@@ -68,20 +69,33 @@ inline f32x16 load_columns(const W* p, int64_t count) {
   return count >= kLanes ? load(p) : load_part(p, count);
 }
 
+// A stretch of weights that is read in order, and where its reader goes on after it: without that, the first kAhead
+// weights of every stretch would arrive at the memory's latency.
+struct Stretch {
+  const char* end;
+  const char* next;
+
+  template <class W>
+  const char* ahead(const W* p) const {
+    const char* line = reinterpret_cast<const char*>(p + kAhead);
+    return line < end ? line : next + (line - end);
+  }
+};
+
 // Asks for the lines that `count` weights from p on will need `kAhead` later.
 template <class W>
-inline void prefetch(const W* p, int64_t count) {
-  const char* line = reinterpret_cast<const char*>(p) + kAhead;
+inline void prefetch(const W* p, int64_t count, const Stretch& stretch) {
+  const char* line = stretch.ahead(p);
   for (int64_t i = 0; i < count * static_cast<int64_t>(sizeof(W)); i += 64) __builtin_prefetch(line + i);
 }
 
 // y [tokens, ldy] (+)= x[., at .. at+R) w [R, 16*C columns from c]. The R*C vectors of weights stay in registers.
 template <class W, int R, int C>
 inline void multiply_block(const W* w, int64_t ld, int64_t left, const float* const* x, int64_t at, int64_t tokens,
-                           float* y, int64_t ldy, bool fresh) {
+                           float* y, int64_t ldy, bool fresh, const Stretch& stretch) {
   f32x16 weights[R][C];
   for (int r = 0; r < R; ++r) {
-    prefetch(w + r * ld, C * kLanes);
+    prefetch(w + r * ld, C * kLanes, stretch);
     for (int c = 0; c < C; ++c) weights[r][c] = load_columns(w + r * ld + c * kLanes, left - c * kLanes);
   }
   for (int64_t t = 0; t < tokens; ++t) {
@@ -98,24 +112,25 @@ inline void multiply_block(const W* w, int64_t ld, int64_t left, const float* co
 
 template <class W, int R>
 inline void multiply_rows(const W* w, int64_t columns, const float* const* x, int64_t at, int64_t tokens, float* y,
-                          int64_t ldy, bool fresh) {
+                          int64_t ldy, bool fresh, const Stretch& stretch) {
   int64_t c = 0;
   for (; c + 2 * kLanes <= columns; c += 2 * kLanes) {
-    multiply_block<W, R, 2>(w + c, columns, 2 * kLanes, x, at, tokens, y + c, ldy, fresh);
+    multiply_block<W, R, 2>(w + c, columns, 2 * kLanes, x, at, tokens, y + c, ldy, fresh, stretch);
   }
   for (; c < columns; c += kLanes) {
-    multiply_block<W, R, 1>(w + c, columns, columns - c, x, at, tokens, y + c, ldy, fresh);
+    multiply_block<W, R, 1>(w + c, columns, columns - c, x, at, tokens, y + c, ldy, fresh, stretch);
   }
 }
 
 // y [tokens, ldy] = x[., begin .. end) w[begin .. end): memory is read in order, eight rows at a time.
 template <class W>
 void multiply_piece(const void* matrix, int64_t columns, const float* const* x, int64_t begin, int64_t end,
-                    int64_t tokens, float* y, int64_t ldy) {
+                    int64_t tokens, float* y, int64_t ldy, const void* next) {
   const W* w = static_cast<const W*>(matrix);
+  Stretch stretch{reinterpret_cast<const char*>(w + end * columns), static_cast<const char*>(next)};
   int64_t d = begin;
-  for (; d + 8 <= end; d += 8) multiply_rows<W, 8>(w + d * columns, columns, x, d, tokens, y, ldy, d == begin);
-  for (; d < end; ++d) multiply_rows<W, 1>(w + d * columns, columns, x, d, tokens, y, ldy, d == begin);
+  for (; d + 8 <= end; d += 8) multiply_rows<W, 8>(w + d * columns, columns, x, d, tokens, y, ldy, d == begin, stretch);
+  for (; d < end; ++d) multiply_rows<W, 1>(w + d * columns, columns, x, d, tokens, y, ldy, d == begin, stretch);
 }
 
 using Multiply = decltype(&multiply_piece<float>);
@@ -126,6 +141,7 @@ using Multiply = decltype(&multiply_piece<float>);
 struct Product {
   Multiply multiply;
   const void* weights;
+  int64_t weight_size;  // bytes
   const float* const* x;
   int64_t tokens, depth, columns, pieces;
   float* y;
@@ -135,17 +151,24 @@ struct Product {
   int64_t tasks() const { return blocks() * pieces; }
   int64_t size() const { return pieces * tokens * ldy(); }
 
-  void run(int64_t task) const {
+  int64_t begin_of(int64_t piece) const { return std::min(piece * ((depth / pieces + 7) / 8 * 8), depth); }
+
+  // Where the weights of a task begin.
+  const void* weights_of(int64_t task) const {
+    return static_cast<const char*>(weights) + begin_of(task / blocks()) * columns * weight_size;
+  }
+
+  // `next`: where this thread reads on afterwards.
+  void run(int64_t task, const void* next) const {
     int64_t piece = task / blocks(), start = task % blocks() * kTokenBlock;
-    int64_t each = (depth / pieces + 7) / 8 * 8;
-    int64_t begin = std::min(piece * each, depth), end = piece + 1 == pieces ? depth : std::min(begin + each, depth);
+    int64_t begin = begin_of(piece), end = piece + 1 == pieces ? depth : begin_of(piece + 1);
     int64_t count = std::min(kTokenBlock, tokens - start);
     float* target = y + (piece * tokens + start) * ldy();
     if (begin == end) {
       std::memset(target, 0, static_cast<size_t>(count * ldy()) * sizeof(float));
       return;
     }
-    multiply(weights, columns, x + start, begin, end, count, target, ldy());
+    multiply(weights, columns, x + start, begin, end, count, target, ldy(), next);
   }
 };
 
@@ -207,7 +230,7 @@ inline void dots(const W* w, int64_t ld, const float* x, int64_t ldx, int64_t de
     f32x16 values[M];
     for (int m = 0; m < M; ++m) values[m] = load(x + m * ldx + d);
     for (int r = 0; r < R; ++r) {
-      prefetch(w + r * ld + d, kLanes);
+      __builtin_prefetch(w + r * ld + d + kAhead);
       f32x16 weights = load(w + r * ld + d);
       for (int m = 0; m < M; ++m) totals[m][r] += weights * values[m];
     }
@@ -285,6 +308,7 @@ struct Span {
 struct Model {
   explicit Model(const int64_t* values)
       : half(values[kHalfWeights] != 0),
+        layer_count(values[kLayers]),
         hidden(values[kHidden]),
         heads(values[kHeads]),
         groups(values[kGroups]),
@@ -315,7 +339,7 @@ struct Model {
   }
 
   bool half;
-  int64_t hidden, heads, groups, dim, experts, top_k, width, shared, vocabulary;
+  int64_t layer_count, hidden, heads, groups, dim, experts, top_k, width, shared, vocabulary;
   bool softmax;
   float eps, scale;
   const float* frequencies;
@@ -327,14 +351,29 @@ struct Model {
 struct Inputs {
   const int64_t* cache;
   const float* hidden;
-  const int64_t* ids;
+  int64_t* ids;  // written to where text follows
   const float* positions;
   const int32_t* intervals;
   int64_t columns;
   const uint8_t* valid;
-  int64_t batch, rows, stride, query_start, first, last;
-  float* out;
+  int64_t batch, rows;
+  int64_t stride, id_stride, out_stride;  // rows from one sequence to the next: of positions and valid, ids, and out
+  int64_t query_start, first, last;
+  bool keys_only;  // the last of the layers leaves its keys and values in the cache and nothing else
+  float* out;      // hidden states on the way; where neither hidden nor ids are given, they are there already
   float* logits;
+};
+
+// How text goes on after each row: see ernie5_decode_text_cpu.
+struct Text {
+  int64_t count;
+  const uint8_t* following;
+  const uint8_t* missing;
+  int64_t width, end, left;
+  Sampling sampling;
+  const double* uniforms;
+  int64_t* states;
+  int64_t* chosen;
 };
 
 void rms_norm(const float* x, const float* weight, int64_t size, float eps, float* y) {
@@ -367,11 +406,13 @@ void swiglu(const Parts& parts, int64_t width, float weight, float* h) {
 
 class Step {
  public:
-  Step(const Model& model, const Inputs& in, Scratch& scratch)
+  // `text`: null, or what follows these rows, of which there is one a sequence; then in.ids is written to.
+  Step(const Model& model, const Inputs& inputs, Scratch& scratch, const Text* text = nullptr)
       : m(model),
-        in(in),
+        in(inputs),
+        text(text),
         tokens(in.batch * in.rows),
-        seen(in.query_start + in.rows),
+        seen(in.query_start + (text != nullptr ? text->count : in.rows)),
         assignments(tokens * m.top_k),
         multiply(m.half ? &multiply_piece<bf16> : &multiply_piece<float>),
         threads(num_threads()) {
@@ -385,8 +426,14 @@ class Step {
   }
 
   void run() {
-    on_threads(threads, [this](int thread) { work(thread, granted_threads(threads)); });
+    on_threads(threads, [this](int thread) {
+      int size = granted_threads(threads);
+      text != nullptr ? write(thread, size) : work(thread, size);
+    });
   }
+
+  // Tokens of every sequence that `write` chose.
+  int64_t written() const { return written_; }
 
  private:
   void lay_out(Layout& array) {
@@ -403,6 +450,7 @@ class Step {
     array(scores, threads * 4 * padded(seen));
     array(router, pieces * tokens * padded(m.experts));
     array(ranking, tokens * padded(m.experts));
+    array(left, tokens * padded(m.experts));
     array(experts, assignments);
     array(weights, assignments);
     array(offsets, m.experts + 1);
@@ -419,6 +467,7 @@ class Step {
     array(shared_rows, tokens);
     array(shared_down, pieces * tokens * ldh);
     array(products_memory, m.experts + 2);
+    array(choice, text != nullptr ? tokens * 2 * padded(m.vocabulary) : 0);
   }
 
   // --- phases ---
@@ -457,34 +506,48 @@ class Step {
     meet(size, alone);
   }
 
-  void multiply_all() {
+  // All products, by all threads; each knows a task ahead what it reads next. `after`: what the next phase reads.
+  void multiply_all(const void* after) {
     int64_t total = 0;
     for (int64_t i = 0; i < product_count; ++i) total += products[i].tasks();
-    int64_t index = 0, before = 0;  // tasks come in ascending order
-    share(total, [&](int64_t task) {
+    int64_t index = 0, before = 0;
+    auto locate = [&](int64_t task) {  // called with ascending tasks
       while (task >= before + products[index].tasks()) before += products[index++].tasks();
-      products[index].run(task - before);
-    });
+    };
+    int64_t task = next.fetch_add(1, std::memory_order_relaxed);
+    while (task < total) {
+      locate(task);
+      const Product& product = products[index];
+      int64_t inside = task - before;
+      task = next.fetch_add(1, std::memory_order_relaxed);
+      if (task < total) locate(task);
+      product.run(inside, task < total ? products[index].weights_of(task - before) : after);
+    }
   }
 
   void work(int thread, int size) {
     by_token(size, [this](int64_t t) { start(t); }, [this] { project(in.first); });
     for (int64_t layer = in.first; layer < in.last; ++layer) {
-      multiply_all();
+      if (in.keys_only && layer + 1 == in.last) {
+        multiply_all(nullptr);
+        by_token(size, [=](int64_t t) { place_keys(layer, t, products[0], products[1]); }, [] {});
+        return;
+      }
+      multiply_all(m.pointer(layer, kOut));
       by_token(size, [=](int64_t t) { place(layer, t); }, [] {});
       int64_t sharing = tokens * m.groups >= size ? m.heads / m.groups : 1;  // heads of one task
       share(tokens * (m.heads / sharing), [&](int64_t task) { attend(layer, task, sharing, thread); });
       meet(size, [=] { project_back(layer); });
-      multiply_all();
+      multiply_all(m.pointer(layer, kRouter));
       by_token(
           size, [=](int64_t t) { after_attention(layer, t); }, [=] { look_for_experts(layer); });
-      multiply_all();
+      multiply_all(m.pointer(layer, kSharedDown));
       by_token(
           size, [=](int64_t t) { choose(layer, t); }, [=] { open_experts(layer); });
-      multiply_all();
+      multiply_all(m.pointer(layer, kDown));
       by_token(
           size, [=](int64_t t) { activate(t); }, [=] { close_experts(layer); });
-      multiply_all();
+      multiply_all(layer + 1 < in.last ? m.pointer(layer + 1, kQuery) : m.embedding);
       by_token(
           size, [=](int64_t t) { finish(layer, t); },
           [=] {
@@ -494,11 +557,46 @@ class Step {
     if (in.logits != nullptr) head();
   }
 
+  // Row after row of text, each token chosen from the logits of the row before.
+  void write(int thread, int size) {
+    while (written_ < text->count && !finished) {
+      work(thread, size);
+      by_token(size, [this](int64_t b) { choose_token(b); }, [this] { advance(); });
+    }
+  }
+
+  bool ended(int64_t b) const { return text != nullptr && in.ids[b] == text->end; }
+
+  void choose_token(int64_t b) {
+    int64_t* chosen = text->chosen + b * text->count + written_;
+    *chosen = text->end;
+    if (ended(b)) return;
+    const uint8_t* missing = text->missing + text->states[b] * text->width;
+    int limit = static_cast<int>(std::min(text->left - written_, kNever - 1));
+    float* memory = choice + b * 2 * padded(m.vocabulary);
+    double uniform = text->uniforms != nullptr ? text->uniforms[b * text->count + written_] : 0.0;
+    int64_t id = ernie5::choose(in.logits + b * m.vocabulary, missing, limit, text->width, text->sampling, uniform, memory);
+    *chosen = id >= 0 ? id : text->end;
+    text->states[b] = text->following[text->states[b] * text->width + *chosen];
+  }
+
+  void advance() {
+    finished = true;
+    for (int64_t b = 0; b < in.batch; ++b) {
+      in.ids[b] = text->chosen[b * text->count + written_];
+      finished = finished && ended(b);
+    }
+    ++written_;
+    ++in.query_start;
+    ++in.valid;
+    in.positions += 3;
+  }
+
   // --- the start ---
 
-  float* state(int64_t t) { return in.out + t * m.hidden; }
+  float* state(int64_t t) { return in.out + (t / in.rows * in.out_stride + t % in.rows) * m.hidden; }
 
-  // Where ids, positions and valid hold a token.
+  // Where positions and valid hold a token.
   int64_t given(int64_t t) const { return t / in.rows * in.stride + t % in.rows; }
 
   void start(int64_t t) {
@@ -506,8 +604,8 @@ class Step {
     attended_rows[t] = attended + t * padded(m.heads * m.dim);
     shared_rows[t] = shared_activated + t * padded(m.shared);
     if (in.ids != nullptr) {
-      look_up(in.ids[given(t)], state(t));
-    } else {
+      look_up(in.ids[t / in.rows * in.id_stride + t % in.rows], state(t));
+    } else if (in.hidden != nullptr) {
       std::memcpy(state(t), in.hidden + t * m.hidden, static_cast<size_t>(m.hidden) * sizeof(float));
     }
     turn(t);
@@ -545,13 +643,14 @@ class Step {
     Span* found = spans + t * (seen / 2 + 1);
     int64_t count = 0;
     bool open = false;
-    for (int64_t j = 0; j < seen; ++j, interval += 4) {
+    int64_t now = in.query_start + in.rows;
+    for (int64_t j = 0; j < now; ++j, interval += 4) {
       bool hidden = (row >= interval[0] && row < interval[1]) || (row >= interval[2] && row < interval[3]);
       if (!hidden && !open) found[count].begin = static_cast<int32_t>(j);
       if (hidden && open) found[count++].end = static_cast<int32_t>(j);
       open = !hidden;
     }
-    if (open) found[count++].end = static_cast<int32_t>(seen);
+    if (open) found[count++].end = static_cast<int32_t>(now);
     span_count[t] = count;
   }
 
@@ -565,6 +664,7 @@ class Step {
     product_count = 0;
     float* y = dense;
     for (LayerPointer which : {kQuery, kKey, kValue}) {
+      if (which == kQuery && in.keys_only && layer + 1 == in.last) continue;
       int64_t columns = (which == kQuery ? m.heads : m.groups) * m.dim;
       products[product_count++] = product(m.pointer(layer, which), normed_rows, m.hidden, columns, y);
       y += products[product_count - 1].size();
@@ -576,9 +676,11 @@ class Step {
     product_count = 1;
   }
 
+  int64_t weight_size() const { return m.half ? 2 : 4; }
+
   // Every token times one matrix.
   Product product(const void* w, const float* const* x, int64_t depth, int64_t columns, float* y) const {
-    return {multiply, w, x, tokens, depth, columns, pieces_of(depth, tokens), y};
+    return {multiply, w, weight_size(), x, tokens, depth, columns, pieces_of(depth, tokens), y};
   }
 
   float* cached(int64_t layer, int64_t which, int64_t b) const {
@@ -588,15 +690,18 @@ class Step {
 
   // Rotates queries and keys; keys and values go to their row of the cache.
   void place(int64_t layer, int64_t t) {
-    int64_t size = m.groups * m.dim, row = in.query_start + t % in.rows;
     float* q = queries + t * m.heads * m.dim;
-    float* k = cached(layer, 0, t / in.rows) + row * size;
-    float* v = cached(layer, 1, t / in.rows) + row * size;
     float shrink = 1.0f / std::sqrt(static_cast<float>(m.dim));
     gather(parts_of(products[0], t), m.heads * m.dim, q);
-    gather(parts_of(products[1], t), size, k);
-    gather(parts_of(products[2], t), size, v);
     for (int64_t head = 0; head < m.heads; ++head) rotate(q + head * m.dim, angles + t * m.dim, shrink);
+    place_keys(layer, t, products[1], products[2]);
+  }
+
+  void place_keys(int64_t layer, int64_t t, const Product& key, const Product& value) {
+    int64_t size = m.groups * m.dim, row = in.query_start + t % in.rows;
+    float* k = cached(layer, 0, t / in.rows) + row * size;
+    gather(parts_of(key, t), size, k);
+    gather(parts_of(value, t), size, cached(layer, 1, t / in.rows) + row * size);
     for (int64_t head = 0; head < m.groups; ++head) rotate(k + head * m.dim, angles + t * m.dim, 1.0f);
   }
 
@@ -735,6 +840,7 @@ class Step {
   void look_for_experts(int64_t layer) {
     products[0] = product(m.pointer(layer, kRouter), normed_rows, m.hidden, m.experts, router);
     products[0].multiply = &multiply_piece<float>;
+    products[0].weight_size = 4;
     product_count = 1;
     if (m.shared == 0) return;
     const void* w = m.pointer(layer, kSharedGateUp);
@@ -746,7 +852,7 @@ class Step {
     if (m.shared > 0) swiglu(parts_of(products[1], t), m.shared, 1.0f, shared_activated + t * padded(m.shared));
     int32_t* chosen = experts + t * m.top_k;
     float* weight = weights + t * m.top_k;
-    if (in.valid[given(t)] == 0) {
+    if (in.valid[given(t)] == 0 || ended(t)) {
       std::fill(chosen, chosen + m.top_k, -1);
       std::fill(weight, weight + m.top_k, 0.0f);
       return;
@@ -755,7 +861,7 @@ class Step {
     float* score = ranking + t * padded(m.experts);
     for (int64_t e = 0; e < m.experts; e += kLanes) store(score + e, parts.at(e));
     score_all(score);
-    select(score, m.floats(layer, kBias), chosen);
+    select(score, m.floats(layer, kBias), left + t * padded(m.experts), chosen);
     float total = 0.0f;
     for (int64_t k = 0; k < m.top_k; ++k) total += score[chosen[k]];
     for (int64_t k = 0; k < m.top_k; ++k) weight[k] = score[chosen[k]] * (m.scale / std::max(total, 1e-12f));
@@ -772,14 +878,18 @@ class Step {
     for (int64_t e = 0; e < m.experts; ++e) score[e] /= total;
   }
 
-  void select(const float* score, const float* bias, int32_t* chosen) const {
+  // `rest` [E, padded] keeps score + bias of what is left: the largest of it, at the first place that holds it.
+  void select(const float* score, const float* bias, float* rest, int32_t* chosen) const {
+    for (int64_t e = 0; e < m.experts; e += kLanes) {
+      store(rest + e, load(score + e) + load_part(bias + e, std::min(kLanes, m.experts - e)));
+    }
+    std::fill(rest + m.experts, rest + padded(m.experts), -INFINITY);
     for (int64_t k = 0; k < m.top_k; ++k) {
-      int64_t best = -1;
-      for (int64_t e = 0; e < m.experts; ++e) {
-        if (best >= 0 && !(score[e] + bias[e] > score[best] + bias[best])) continue;
-        if (std::find(chosen, chosen + k, static_cast<int32_t>(e)) == chosen + k) best = e;
-      }
-      chosen[k] = static_cast<int32_t>(best);
+      f32x16 highest = splat(-INFINITY);
+      for (int64_t e = 0; e < m.experts; e += kLanes) highest = maximum(load(rest + e), highest);
+      int64_t best = std::find(rest, rest + m.experts, largest(highest)) - rest;
+      chosen[k] = static_cast<int32_t>(std::min(best, m.experts - 1));  // scores that are not numbers equal nothing
+      rest[chosen[k]] = -INFINITY;
     }
   }
 
@@ -801,12 +911,14 @@ class Step {
   // One product for every expert that has rows; results go to `y`, their places to `parts`.
   void expert_products(const void* stack, const float* const* x, int64_t depth, int64_t columns, float* y,
                        Parts* parts) {
-    int64_t pieces = pieces_of(depth, tokens), size = depth * columns * (m.half ? 2 : 4);
+    // Where some tokens choose, there are enough experts to keep the threads busy; partial results would cost more.
+    bool several = tokens > kFewTokens && tokens <= kTokenBlock;
+    int64_t pieces = several ? 1 : pieces_of(depth, tokens), size = depth * columns * weight_size();
     for (int64_t e = 0; e < m.experts; ++e) {
       int64_t begin = offsets[e], count = offsets[e + 1] - begin;
       if (count == 0) continue;
       Product& product = products[product_count++];
-      product = {multiply, static_cast<const char*>(stack) + e * size, x + begin, count, depth, columns, pieces, y};
+      product = {multiply, static_cast<const char*>(stack) + e * size, weight_size(), x + begin, count, depth, columns, pieces, y};
       for (int64_t i = 0; i < count; ++i) parts[begin + i] = parts_of(product, i);
       y += product.size();
     }
@@ -885,8 +997,9 @@ class Step {
   }
 
   const Model& m;
-  const Inputs& in;
-  const int64_t tokens, seen, assignments;
+  Inputs in;
+  const Text* const text;
+  const int64_t tokens, seen, assignments;  // seen: rows of the cache in the end
   const Multiply multiply;
   const int threads;
 
@@ -895,10 +1008,12 @@ class Step {
   Product* products = nullptr;
   int64_t product_count = 0;
   Product shared_product{};
+  int64_t written_ = 0;
+  bool finished = false;
 
   // Arrays of one call, see lay_out. `..._rows` are addresses of rows.
-  float *normed, *angles, *dense, *queries, *attended, *scores, *router, *ranking, *weights;
-  float *gate_up, *activated, *down, *shared_gate_up, *shared_activated, *shared_down;
+  float *normed, *angles, *dense, *queries, *attended, *scores, *router, *ranking, *left, *weights;
+  float *gate_up, *activated, *down, *shared_gate_up, *shared_activated, *shared_down, *choice;
   const float **normed_rows, **attended_rows, **shared_rows, **expert_rows, **activated_rows;
   Span* spans;
   int64_t* span_count;
@@ -910,20 +1025,66 @@ class Step {
 }  // namespace
 }  // namespace ernie5
 
+namespace {
+
+// Calls body(scratch); 1 where there was no memory.
+template <class Body>
+int with_scratch(Body&& body) {
+  static thread_local ernie5::Scratch scratch;
+  try {
+    body(scratch);
+  } catch (const std::bad_alloc&) {
+    return 1;
+  }
+  return 0;
+}
+
+}  // namespace
+
 extern "C" int ernie5_decode_step_forward_cpu(const int64_t* model, const int64_t* cache, const float* hidden,
                                               const int64_t* ids, const float* positions, const int32_t* intervals,
                                               int64_t columns, const uint8_t* valid, int64_t batch, int64_t rows,
                                               int64_t stride, int64_t query_start, int64_t first, int64_t last,
                                               float* out, float* logits) {
   if (batch <= 0 || rows <= 0) return 0;
-  static thread_local ernie5::Scratch scratch;
-  try {
+  return with_scratch([&](ernie5::Scratch& scratch) {
     ernie5::Model shape(model);
-    ernie5::Inputs inputs{cache, hidden, ids,    positions,   intervals, columns, valid, batch,
-                          rows,  stride, query_start, first, last,      out,     logits};
+    bool apart = logits != nullptr && rows > 1 && first < last;  // of the last layer, only the last rows are wanted
+    ernie5::Inputs inputs{cache,  hidden, const_cast<int64_t*>(ids), positions, intervals, columns, valid,
+                          batch,  rows,   stride, stride,   rows,  query_start, first, last,
+                          apart, out, apart ? nullptr : logits};
     ernie5::Step(shape, inputs, scratch).run();
-  } catch (const std::bad_alloc&) {
-    return 1;
-  }
-  return 0;
+    if (!apart) return;
+    inputs.hidden = nullptr;
+    inputs.ids = nullptr;
+    inputs.positions += 3 * (rows - 1);
+    inputs.valid += rows - 1;
+    inputs.rows = 1;
+    inputs.query_start += rows - 1;
+    inputs.first = last - 1;
+    inputs.keys_only = false;
+    inputs.out += (rows - 1) * shape.hidden;
+    inputs.logits = logits;
+    ernie5::Step(shape, inputs, scratch).run();
+  });
+}
+
+extern "C" int ernie5_decode_text_cpu(const int64_t* model, const int64_t* cache, int64_t* ids, const float* positions,
+                                      const int32_t* intervals, int64_t columns, const uint8_t* valid, int64_t batch,
+                                      int64_t stride, int64_t query_start, int64_t count, const uint8_t* following,
+                                      const uint8_t* missing, int64_t width, int64_t end, int64_t left,
+                                      double temperature, int64_t top_k, double top_p, const double* uniforms,
+                                      int64_t* states, int64_t* chosen, float* out, float* logits, int64_t* written) {
+  *written = 0;
+  if (batch <= 0 || count <= 0) return 0;
+  return with_scratch([&](ernie5::Scratch& scratch) {
+    ernie5::Model shape(model);
+    ernie5::Inputs inputs{cache, nullptr, ids,         positions, intervals,    columns, valid, batch, 1, stride, 1,
+                          1,     query_start, 0, shape.layer_count, false, out,     logits};
+    ernie5::Sampling sampling{temperature, top_k, top_p};
+    ernie5::Text text{count, following, missing, width, end, left, sampling, uniforms, states, chosen};
+    ernie5::Step step(shape, inputs, scratch, &text);
+    step.run();
+    *written = step.written();
+  });
 }

@@ -59,11 +59,31 @@ extern "C" {
 //   positions [B,n,3]; valid uint8 [B,n], 0 = padding: passes through no routed expert. From one sequence to the next
 //   ids, positions and valid go on `stride` rows later, so they may be windows of longer arrays
 //   intervals int32 [B,columns,4] with columns >= query_start+n (later ones are not read)
-//   out [B,n,D]: state after layer last-1; logits [B,V] or null: final norm and head of each sequence's last row
+//   out [B,n,D]: state after layer last-1; logits [B,V] or null: final norm and head of each sequence's last row. With
+//   logits, only the last row of each sequence is in that state: of the others the last layer's keys and values are made
 // Writes rows query_start .. of the cache of these layers; rows before them must be there. Needs query_start+n <= C.
 // Returns 0, or 1 when there was no memory.
 int ernie5_decode_step_forward_cpu(const int64_t* model, const int64_t* cache, const float* hidden, const int64_t* ids,
                                    const float* positions, const int32_t* intervals, int64_t columns,
                                    const uint8_t* valid, int64_t batch, int64_t rows, int64_t stride,
                                    int64_t query_start, int64_t first, int64_t last, float* out, float* logits);
+
+// Up to `count` tokens of text after each sequence: row query_start goes through all layers, the next token is chosen
+// from its logits, is the next row, and so on, until every sequence has ended.
+//   cache, positions, intervals, columns, valid, stride as above, from row query_start on
+//   ids [B]: the tokens of the first row; overwritten. A sequence whose token is `end` has ended: `end` follows
+//   following, missing uint8 [4,W]: the state after each token in each of the 4 states of a text, and how many more
+//   tokens complete the text then, 255 = none do. W <= V; other tokens are never chosen
+//   left: tokens that may follow the first chosen one; a token must be completed by as many as are left
+//   temperature 0: the most likely, of equals the first. Else, out of the `top_k` (0 = all) likeliest and the fewest that
+//   reach the share `top_p`, by uniforms double [B,count] in [0, 1)
+//   states int64 [B]: of each text, in and out; chosen int64 [B,count]; written [1]: how many of its columns are filled
+//   out [B,D] and logits [B,V]: memory to work in
+// Returns 0, or 1 when there was no memory.
+int ernie5_decode_text_cpu(const int64_t* model, const int64_t* cache, int64_t* ids, const float* positions,
+                           const int32_t* intervals, int64_t columns, const uint8_t* valid, int64_t batch,
+                           int64_t stride, int64_t query_start, int64_t count, const uint8_t* following,
+                           const uint8_t* missing, int64_t width, int64_t end, int64_t left, double temperature,
+                           int64_t top_k, double top_p, const double* uniforms, int64_t* states, int64_t* chosen,
+                           float* out, float* logits, int64_t* written);
 }

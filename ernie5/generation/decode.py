@@ -6,16 +6,19 @@ P prompts; R = P rows, or 2P with guidance (see ``plan_batch``); h, w latent gri
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
 from ernie5.generation.sampling import Sampler, guide, masked
 from ernie5.generation.walk import Walk
+from ernie5.ops.decode import GoingText
 from ernie5.sequence.plan import Step
 from ernie5.sequence.spec import LayoutSpec
 from ernie5.sequence.vocabulary import Special
 from ernie5.tokenizers.continuations import COMPLETE, Continuations
+
+TOKENS_A_CALL = 32  # of text: between two calls Python looks after interrupts
 
 
 @dataclass
@@ -48,21 +51,36 @@ class Decoder:
         are used up. Other specials, and ids without a text, are never chosen.
         """
         assert self.continuations is not None, "text is generated with the continuations of its tokenizer"
-        ids: list[list[int]] = [[] for _ in range(self.prompts)]
-        running = np.ones(self.prompts, bool)
-        states = np.full(self.prompts, COMPLETE)
+        assert self.walk.rows == self.prompts, "text is generated without guidance"
         end = int(Special.EOS)  # NumPy compares with a member of an enum many times slower
-        for left, step in zip(reversed(range(len(self.steps))), self.steps, strict=True):
-            logits = self._logits(self.walk.text_logits(step.start, step.stop))
-            chosen = self.sampler.classes(masked(logits, self.continuations.allowed(states, left)))
-            states = self.continuations.after(states, chosen)
-            running &= chosen != end
-            for row in np.flatnonzero(running):
-                ids[row].append(int(chosen[row]))
-            if not running.any():
+        states, columns = np.full(self.prompts, COMPLETE), []
+        for number, step in enumerate(self.steps):
+            if number and self.walk.can_write(step.start):
+                columns += self._write(columns[-1], states, step.start, len(self.steps) - number)
                 break
-            self.walk.fields["input_ids"][:, step.stop] = self._all_rows(np.where(running, chosen, end))
-        return ids
+            logits = self.walk.text_logits(step.start, step.stop)
+            left = len(self.steps) - number - 1
+            chosen = self.sampler.classes(masked(logits, self.continuations.allowed(states, left)))
+            if number:
+                chosen = np.where(columns[-1] == end, end, chosen)
+            states = self.continuations.after(states, chosen)
+            columns.append(chosen)
+            if (chosen == end).all():
+                break
+            self.walk.fields["input_ids"][:, step.stop] = chosen
+        return [_before(end, row) for row in np.stack(columns, 1).tolist()]
+
+    def _write(self, ids: np.ndarray, states: np.ndarray, start: int, count: int) -> list[np.ndarray]:
+        """The next ``count`` tokens after ``ids``, those of column ``start``, by the kernel that writes many a call."""
+        following, missing = self.continuations.tables()
+        end, sampling, columns = int(Special.EOS), self.sampler.sampling, []
+        while len(columns) < count and not (ids == end).all():
+            left = count - len(columns)
+            uniforms = self.sampler.uniforms(min(left, TOKENS_A_CALL))
+            going = GoingText(ids, states, following, missing, end, left - 1, uniforms, **asdict(sampling))
+            columns += list(self.walk.write(going, start + len(columns)).T)
+            ids, states = going.ids, going.states
+        return columns
 
     def frames(self) -> np.ndarray:
         """Quantised latent frames float32 [P, T', h, w, d], those generated only."""
@@ -102,3 +120,8 @@ class Decoder:
                 break
             self.walk.fields["audio_codes"][:, step.stop] = np.where(codes == end, 0, codes)
         return [np.stack(row) for row in frames]
+
+
+def _before(end: int, ids: list[int]) -> list[int]:
+    """``ids`` up to the first ``end``."""
+    return ids[: ids.index(end)] if end in ids else ids

@@ -50,6 +50,10 @@ class Sampler:
         odds = np.clip(margin / self.sampling.temperature, -500, 500)
         return (self._uniform(margin.shape[1:]) < 1 / (1 + np.exp(-odds))).astype(np.uint8)
 
+    def uniforms(self, count: int) -> np.ndarray:
+        """What ``classes`` would draw in its next ``count`` calls: float64 [P, count] in [0, 1)."""
+        return self._uniform((count,)) if self.sampling.temperature else np.zeros((len(self._generators), count))
+
     def _uniform(self, shape: Sequence[int]) -> np.ndarray:
         return np.stack([generator.random(shape) for generator in self._generators])
 

@@ -13,7 +13,7 @@ import numpy as np
 import paddle
 from paddle.utils.dlpack import from_dlpack
 
-from ernie5.ops.decode import DecodeCache
+from ernie5.ops.decode import DecodeCache, GoingText
 from ernie5.sequence.vocabulary import NO_CODE
 
 Choose = Callable[[int, np.ndarray], np.ndarray]  # (level, logits [R, C+1]) -> codes int64 [R]
@@ -66,6 +66,15 @@ class Walk:
             return self.model.text_logits(self.feed(start, stop)[:, -1]).numpy()
         given = (self._positions, self._intervals, self._valid, self._cache, start)
         return step.run(None, *given, ids=self._ids, rows=stop - start, logits=True)[1].numpy()
+
+    def can_write(self, start: int) -> bool:
+        """Whether ``write`` serves from column ``start`` on."""
+        step = getattr(self._cache, "step", None)
+        return step is not None and step.takes(self.rows) and start >= self._only_text_from
+
+    def write(self, going: GoingText, start: int) -> np.ndarray:
+        """Feeds column ``start`` and the tokens that follow -> those tokens, int64 [R, n]; see ``DecodeStep.write``."""
+        return self._cache.step.write(going, self._positions, self._intervals, self._valid, self._cache, start)
 
     @cached_property
     def _only_text_from(self) -> int:

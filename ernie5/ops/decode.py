@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import paddle
+from paddle.utils.dlpack import from_dlpack
 
 from ernie5.ops import kernels
 
@@ -102,7 +103,7 @@ class DecodeStep:
         hidden float32 [B,n,D], or ids int64 [B,n] in its place; positions float32 [B,n,3]; intervals int32 [B,1,M,4]
         with M >= query_start+n, columns after these are ignored; valid bool [B,n]. With ``rows`` = n, ids, positions
         and valid may be those of whole sequences, [B,S] and [B,S,3]. Logits are those of each sequence's last row after
-        norm and text head, empty unless asked for.
+        norm and text head, empty unless asked for; with them, only the last rows of hidden are those behind the layers.
         """
         batch = positions.shape[0]
         rows = positions.shape[1] if rows is None else rows
@@ -111,6 +112,49 @@ class DecodeStep:
         inputs = [self._table, cache.table, hidden, ids, positions, intervals, valid]
         out, scores = kernels.call("decode_step", inputs, [rows, query_start, first, last, logits])
         return out, scores
+
+    def write(
+        self,
+        going: GoingText,
+        positions: paddle.Tensor,
+        intervals: paddle.Tensor,
+        valid: paddle.Tensor,
+        cache: DecodeCache,
+        start: int,
+    ) -> np.ndarray:
+        """Feeds ``going.ids`` as row ``start``, then each token that it chooses -> tokens int64 [B, n], n >= 1.
+
+        Stops after as many tokens as ``going`` has uniforms, or where every sequence has ended; the text that has ended
+        goes on with ``going.end``. positions float32 [B,S,3], intervals int32 [B,1,M,4], valid bool [B,S] are those of
+        whole sequences. Leaves the last tokens and states in ``going``.
+        """
+        batch, count = going.uniforms.shape
+        cache.extend(batch, start, start + count, 0, self.layers)
+        arrays = (going.ids, positions, intervals, valid, going.following, going.missing, going.states, going.uniforms)
+        tensors = [from_dlpack(array) if isinstance(array, np.ndarray) else array for array in arrays]
+        attributes = [start, going.end, going.left, going.top_k, float(going.temperature), float(going.top_p)]
+        found = kernels.call("decode_text", [self._table, cache.table, *tensors], attributes)
+        chosen, states, written = (tensor.numpy() for tensor in found)
+        cache.lengths[:] = [start + int(written[0])] * self.layers
+        chosen = chosen[:, : written[0]]
+        going.ids, going.states = np.ascontiguousarray(chosen[:, -1]), states
+        return chosen
+
+
+@dataclass
+class GoingText:
+    """Texts that are being written, and the rule by which they go on. W <= V tokens may be chosen."""
+
+    ids: np.ndarray  # int64 [B], the tokens to feed next; a text whose token is ``end`` has ended
+    states: np.ndarray  # int64 [B], as ``following`` numbers them
+    following: np.ndarray  # uint8 [4,W], the state after each token
+    missing: np.ndarray  # uint8 [4,W], how many more tokens complete a text after each token; 255: none do
+    end: int
+    left: int  # tokens that may follow the next one; a token must be completed by as many as are left
+    uniforms: np.ndarray  # float64 [B,n] in [0, 1), one for every token to choose
+    temperature: float = 0.0  # 0: the most likely
+    top_k: int = 0
+    top_p: float = 1.0
 
 
 class DecodeCache:

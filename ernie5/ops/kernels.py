@@ -38,6 +38,7 @@ OPS = {  # op -> what the model uses it for
     "cross_entropy": "token losses",
     "patch_embed": "pictures and clips to patches",
     "decode_step": "generation",
+    "decode_text": "generation of text, many tokens a call",
     "adamw": "optimizer",
     "sum_of_squares": "gradient clipping",
     "exchange_start": "tokens between ranks over gloo",

@@ -56,6 +56,11 @@ class Continuations:
             self._tables[left] = self._missing <= left
         return self._tables[left][states]
 
+    def tables(self) -> tuple[np.ndarray, np.ndarray]:
+        """What both answers are read from: uint8 [STATES, V], the state after each token, and how many more tokens
+        complete the text then (``NEVER``: the token must not follow)."""
+        return self._next, self._missing
+
     def after(self, states: np.ndarray, ids: np.ndarray) -> np.ndarray:
         """The states once ``ids`` [P], which must be allowed, have followed: states [P] -> [P]."""
         return self._next[states, ids]

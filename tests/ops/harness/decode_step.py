@@ -149,7 +149,9 @@ def run(call: Callable, case: dict) -> dict[str, np.ndarray]:
         failed = call("ernie5_decode_step_forward_cpu", model, table, given, ids, *rest, first, last, out, end)
         assert not failed and kept
         hidden = out
-    return {"hidden": hidden, "cache": cache, **({"logits": logits} if text else {})}
+    if not text:
+        return {"hidden": hidden, "cache": cache}
+    return {"hidden": hidden[:, -1], "cache": cache, "logits": logits}
 
 
 def reference(case: dict) -> dict[str, np.ndarray]:
@@ -170,6 +172,7 @@ def reference(case: dict) -> dict[str, np.ndarray]:
         x = x + _routed(normed, w, case) + shared
     result = {"hidden": x, "cache": cache}
     if text:
+        result["hidden"] = x[:, -1]  # the other rows stay out of the last layer
         result["logits"] = _norm(x[:, -1], case["final_norm"].astype(np.float64)) @ embedding.T
     return result
 
