@@ -15,6 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from ernie5.config import Config, load_config
+from ernie5.parallel.watchdog import last_words
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -24,6 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
         pretrain(config, "resume" if options.resume else "fresh" if options.fresh else "auto")
     except ValueError as error:
         print(f"pretrain: {error}", file=sys.stderr)
+        last_words(str(error), code=2)
         return 2
     return 0
 
