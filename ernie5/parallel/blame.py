@@ -43,6 +43,7 @@ class Seen:
     where: str = "?"  # its main thread, as file:line in function
     step: int = 0
     slow: str = ""  # what it does that may take long
+    normal: float = 1.0e9  # seconds since it last did such a thing; it cannot have been late for longer
     silent: float = 0.0  # seconds without a sign of life; 0: it lives
     ended: bool = False
 
@@ -68,11 +69,13 @@ def judge(seen: Mapping[int, Seen], seconds: float) -> Verdict | None:
         missing = _missing(waiter, wait, seen)
         gone = [other for other in missing if other.ended]
         culprit = gone[0] if gone else _root(waiter, missing, seen)
-        slow = waiter.slow or culprit.slow or any(other.slow for other in missing)
-        if not gone and wait.seconds <= seconds * (ALLOWANCE if slow else 1):
+        late = wait.seconds if missing else _together(wait, seen)
+        if any(one.slow for one in (waiter, culprit, *missing)):
+            late /= ALLOWANCE
+        else:
+            late = min(late, culprit.normal + culprit.silent)
+        if not gone and late <= seconds:
             continue
-        if culprit is waiter and not wait.ends:
-            continue  # it may be computing long since
         waiting = f"rank {waiter.rank} on {waiter.host} has waited {wait.seconds:.0f} s for it in {wait}"
         return Verdict(culprit.rank, _why(culprit, waiter, wait, seen), "" if culprit is waiter else waiting)
     return None
@@ -89,6 +92,16 @@ def _missing(waiter: Seen, wait: Wait, seen: Mapping[int, Seen]) -> list[Seen]:
     others = [seen[rank] for rank in wait.ranks if rank != waiter.rank and rank in seen]
     late = [other for other in others if other.counts.get(wait.key, 0) < wait.number]
     return late or [other for other in others if other.silent]
+
+
+def _together(wait: Wait, seen: Mapping[int, Seen]) -> float:
+    """For how long all its ranks have been in ``wait``; 0 if one is not, which may be computing long since."""
+    same = [
+        next((w.seconds for w in seen[rank].waits if (w.key, w.number, w.ends) == (wait.key, wait.number, True)), 0.0)
+        for rank in wait.ranks
+        if rank in seen
+    ]
+    return min(same, default=0.0)
 
 
 def _root(waiter: Seen, missing: list[Seen], seen: Mapping[int, Seen]) -> Seen:

@@ -107,7 +107,6 @@ def run(what: Run, max_restarts: int) -> int:
 
     There is no further one when a rank refused its input, or when two attempts in a row failed at the same step.
     """
-    container.ProcessContext = functools.partial(ProcessContext, preexec_fn=in_own_session)
     sys.argv = ["launch", "--log_dir", what.log_dir, "--log_level", "ERROR", *what.options, *what.script]
     context = Context()
     if context.is_legacy_mode() or (context.args.master or "").startswith("etcd:"):
@@ -116,6 +115,7 @@ def run(what: Run, max_restarts: int) -> int:
             f"Paddle's launcher takes {found} only in modes that have no restarts here; leave it out (without a GPU "
             "the backend is gloo anyway), or use python -m paddle.distributed.launch"
         )
+    container.ProcessContext = functools.partial(ProcessContext, preexec_fn=in_own_session)
     job, before = context.args.job_id, None
     for attempt in range(max_restarts + 1):
         context.status, context.args.job_id = Status(), f"{job}.{attempt}"  # hosts of the same attempt meet

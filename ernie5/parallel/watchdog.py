@@ -38,6 +38,7 @@ SILENCE = 5  # intervals without a sign of life after which a rank counts as sil
 GRACE = 5.0  # seconds in which the reason of a broken collective must become known
 STARTING = "starting"
 _BROKEN = re.compile(r"gloo|nccl|connection|socket|timeout|timed out|broken pipe", re.IGNORECASE)
+_CALLS = str(Path(__file__).with_name("calls.py"))
 _LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
 
 Exchange = Callable[[str | None], str]  # address of rank 0's socket, or None to ask -> that address
@@ -54,7 +55,9 @@ class Watchdog(threading.Thread):
         self.waits: Callable[[], list[Wait]] = list
         self.counts: dict[str, int] = {}
         self.leaving = False  # this rank ends by itself and has said, or is saying, why
+        self.concluding = threading.Lock()  # held for good by the thread that ends the process
         self.sending = threading.Lock()
+        self.normal_since = time.monotonic()
         self._connect(host, exchange)
         os.register_at_fork(after_in_child=self._forget)
         atexit.register(self._goodbye)
@@ -71,14 +74,14 @@ class Watchdog(threading.Thread):
     def may_take_long(self, what: str) -> None:
         """Until the next step begins the others may have to wait ``ALLOWANCE`` times as long; "" takes it back."""
         if self.me.slow != what:
-            self.me.slow = what
+            self.me.slow, self.normal_since = what, time.monotonic()
             self.show()  # at once: a rank that is stopped says nothing later
 
     def broken(self, call: object, error: Exception) -> None:
         """A collective of this rank failed. Ends the process if a lost rank or connection is why; else returns."""
         if self.leaving or not _BROKEN.search(str(error)):
             return
-        time.sleep(GRACE)  # the thread ends the process as soon as it knows who is gone
+        time.sleep(GRACE)  # the watchdog ends the process as soon as it knows who is gone
         reason = " ".join(str(error).split())
         self.conclude(Verdict(self.rank, f"lost its connection to another rank: {reason[-200:]}"))
 
@@ -90,10 +93,10 @@ class Watchdog(threading.Thread):
     # ------------------------------------------------------------------ ending
 
     def conclude(self, verdict: Verdict, culprit: Seen | None = None) -> None:
-        """Tells the others, prints the line and ends this process."""
+        """Prints the line, tells the others and ends this process; unless it is ending for a reason of its own."""
         if self.leaving:
             return
-        self.leaving = True
+        self.concluding.acquire()  # a second thread waits here for its end
         line = self._line(verdict, culprit or (self.me if verdict.rank == self.rank else Seen(verdict.rank)))
         with contextlib.suppress(OSError, ValueError, RuntimeError):
             sys.stdout.flush()
@@ -152,7 +155,8 @@ class Watchdog(threading.Thread):
         raise NotImplementedError
 
     def state(self) -> Seen:
-        return replace(self.me, waits=self.waits(), counts=dict(self.counts), where=where())
+        normal = time.monotonic() - self.normal_since
+        return replace(self.me, waits=self.waits(), counts=dict(self.counts), where=where(), normal=normal)
 
 
 class Centre(Watchdog):
@@ -337,9 +341,9 @@ def _seen(values: dict) -> Seen:
 
 
 def where() -> str:
-    """The main thread, as file:line in function: the innermost frame that is neither Python's nor a library's."""
+    """The main thread, as file:line in function: the innermost frame that is not of Python, a library or ``calls``."""
     frame = innermost = sys._current_frames().get(threading.main_thread().ident)
-    while frame is not None and frame.f_code.co_filename.startswith((*_LIBRARIES, "<")):
+    while frame is not None and frame.f_code.co_filename.startswith((*_LIBRARIES, _CALLS, "<")):
         frame = frame.f_back
     frame = frame or innermost
     if frame is None:

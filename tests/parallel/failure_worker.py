@@ -9,7 +9,6 @@ import json
 import os
 import signal
 import sys
-import threading
 import time
 
 import ernie5  # noqa: F401  before paddle: it settles what Paddle reads when imported
@@ -33,8 +32,6 @@ def fail(kind: str, watchdog: Watchdog, seconds: float) -> None:
         turn_in_circles()
     if kind == "raise":
         raise KeyError("no such expert")
-    if kind == "raise in a thread":  # a thread of the communication, whose call fails without a lost peer
-        threading.Thread(target=fail, args=("raise", watchdog, seconds)).start()
     if kind == "leave":
         sys.exit(0)
     if kind == "save":  # legitimate, and longer than the time-out
@@ -44,7 +41,7 @@ def fail(kind: str, watchdog: Watchdog, seconds: float) -> None:
 
 def main() -> None:
     degrees, seconds, steps = json.loads(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3])
-    kind, who, when = [*sys.argv[4:7], *("", "-1", "-1")[len(sys.argv) - 4 :]]
+    kind, who, when = sys.argv[4:7] if len(sys.argv) > 4 else ("", -1, -1)
     worker = Worker(Ernie5Config.from_model_config(SHAPE), ParallelConfig(**degrees, timeout_seconds=seconds))
     watchdog, rows = worker.topology.watchdog, MadeUpRows()
     worker.model.train()

@@ -88,7 +88,7 @@ def test_no_rank_outlives_the_launcher(tmp_path, number):
         (["--nproc_per_node", "2"], "no script is named"),
         (["--max_restarts", "-1", "tools/pretrain.py"], "--max_restarts -1"),
         (["tools/pretrain.py", "nowhere.yaml"], "nowhere.yaml"),
-        (["--backend", "gloo", "tools/pretrain.py"], "--backend gloo only in modes that have no restarts"),
+        (["--backend", "gloo", "tools/pretrain.py"], "--backend only in modes that have no restarts"),
     ],
 )
 def test_bad_input_is_one_line(arguments, message, capsys, monkeypatch):
