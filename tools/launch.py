@@ -18,6 +18,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from ernie5.config import load_config
 
+PASSED_ON = {  # Paddle's options that most runs need
+    "nproc_per_node": "processes on this host",
+    "nnodes": "hosts",
+    "master": "address:port on the first host, where the hosts meet",
+    "devices": "the GPUs to use, such as 0,1,2,3",
+}
+
 
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -40,7 +47,8 @@ def _run(others: list[str], script: list[str], run_dir: Path | None, options: ar
     from ernie5.parallel.relaunch import Run, run
 
     logs = options.log_dir or str(run_dir / "log" if run_dir else "log")
-    what = Run(others, script, logs, lambda: _reached(run_dir), lambda: _goes_on(run_dir))
+    passed = [f"--{name}={value}" for name in PASSED_ON if (value := getattr(options, name)) is not None]
+    what = Run([*passed, *others], script, logs, lambda: _reached(run_dir), lambda: _goes_on(run_dir))
     return run(what, options.max_restarts)
 
 
@@ -83,6 +91,8 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    for name, text in PASSED_ON.items():
+        parser.add_argument(f"--{name}", help=text)
     parser.add_argument("--max_restarts", type=int, default=3, help="further attempts after the first (default 3)")
     parser.add_argument(
         "--run_dir", help="where checkpoints and log of the run lie; default: as its configuration says"

@@ -1,7 +1,7 @@
 """Pre-trains the model of a run on its coded corpus; RUN_DIR must hold tokenizers/ and data/train/.
 
     python tools/pretrain.py fleet_configs/quickstart.yaml trainer.max_steps=4000
-    python -m paddle.distributed.launch --nproc_per_node 4 --backend gloo tools/pretrain.py CONFIG parallel.tensor=2
+    python tools/launch.py --nproc_per_node 4 tools/pretrain.py CONFIG parallel.tensor=2
 
 An interrupted run of the same configuration continues from its newest checkpoint, bit-equal.
 """

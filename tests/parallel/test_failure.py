@@ -109,7 +109,7 @@ def test_a_rank_that_hangs_or_gives_up_ends_the_others_and_is_named(tmp_path, de
 @pytest.mark.slow
 def test_saving_for_longer_than_the_time_out_does_not_end_the_run(tmp_path):
     with ranks(tmp_path, "{}", str(SECONDS), "6", "save", "0", "3") as (processes, logs):
-        assert [process.wait(120) for process in processes] == [0, 0], logs[1].read_text()
+        assert [process.wait(240) for process in processes] == [0, 0], logs[1].read_text()
 
 
 # ------------------------------------------------------------------------------------------------ who is to blame
