@@ -1,7 +1,7 @@
 """Pre-trains the model of a run on its coded corpus; RUN_DIR must hold tokenizers/ and data/train/.
 
     python tools/pretrain.py fleet_configs/quickstart.yaml trainer.max_steps=4000
-    python -m paddle.distributed.launch --nproc_per_node 4 --backend gloo tools/pretrain.py CONFIG parallel.tensor=2
+    python tools/launch.py --nproc_per_node 4 tools/pretrain.py CONFIG parallel.tensor=2
 
 An interrupted run of the same configuration continues from its newest checkpoint, bit-equal.
 """
@@ -15,6 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from ernie5.config import Config, load_config
+from ernie5.parallel.watchdog import last_words
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -24,6 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
         pretrain(config, "resume" if options.resume else "fresh" if options.fresh else "auto")
     except ValueError as error:
         print(f"pretrain: {error}", file=sys.stderr)
+        last_words(str(error), code=2)
         return 2
     return 0
 

@@ -159,6 +159,7 @@ class ParallelConfig:
     expert: int = 1  # ranks that share the routed experts, out of data x sharding x context x tensor of a stage
     dispatcher: str = "all_to_all"  # local | all_to_all | all_to_all_overlapped | deepep; expert = 1 is always local
     dispatch_chunks: int = 4  # parts in which all_to_all_overlapped moves the tokens
+    timeout_seconds: float = 600.0  # how long a rank may keep others waiting; six times that at the start and in saving
 
 
 @dataclass

@@ -122,6 +122,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "parallel.sharding_stage": (1, 2),
     "parallel.expert": COUNT,
     "parallel.dispatch_chunks": COUNT,
+    "parallel.timeout_seconds": POSITIVE,
     "evaluation.items": COUNT,
     "evaluation.batch_size": COUNT,
     "evaluation.text_chars": COUNT,

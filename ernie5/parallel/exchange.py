@@ -20,6 +20,7 @@ from paddle.autograd import PyLayer, PyLayerContext
 from paddle.distributed.communication.group import Group
 
 from ernie5.ops import kernels
+from ernie5.parallel.calls import calls
 
 
 class Span(NamedTuple):
@@ -106,10 +107,11 @@ class _Exchange(PyLayer):
 def _start_threads(
     rows: paddle.Tensor, sent: Sequence[int], received: Sequence[int], group: Group, label: str
 ) -> InFlight:
+    call = calls.begin("exchange", group)
     arrived, ticket = kernels.call("exchange_start", [rows], [list(sent), list(received), group.id])
 
     def finish() -> None:
-        with timeline.span("wait", label):
+        with timeline.span("wait", label), calls.inside(call._replace(since=time.monotonic())):
             times = kernels.call("exchange_wait", [ticket])
         if timeline.spans is not None:
             _, send_began, send_ended, receive_began, receive_ended = times.tolist()

@@ -11,6 +11,7 @@ was tested with. It replaces names that Fleet looks up at each call; on GPUs not
 | ``c_softmax_with_cross_entropy`` | no CPU kernel | maximum, sum and label's logit, each reduced |
 | gradient of ``c_embedding`` | adds to memory that nobody cleared | an ordinary lookup, masked |
 | ``ParallelEnv.device_id`` | AttributeError | 0 |
+| a time-out one can set | every wait ends after 30 s | ``patience`` lifts it; ``watchdog`` has one that can be set |
 | between stages | messages are numbered by group, so three ranks hang; a send waits for its receiver | ``Neighbours`` |
 """
 
@@ -27,10 +28,12 @@ import paddle.distributed as dist
 import paddle.nn.functional as F
 from paddle.autograd import PyLayer, PyLayerContext
 from paddle.base import core
-from paddle.distributed import collective
+from paddle.distributed import collective, parallel
 from paddle.distributed.communication import stream
 from paddle.distributed.communication.group import Group
 from paddle.distributed.fleet.layers.mpu import mp_ops
+
+from ernie5.parallel import patience
 
 TESTED = ("3.3.1",)
 SECONDS_TO_CONNECT = 120
@@ -45,7 +48,7 @@ def install() -> None:
             f"Paddle {paddle.__version__}: training over gloo was tested with {', '.join(TESTED)} only; install that, "
             "or run ernie5's tests of several processes with yours and add it to ernie5.parallel.gloo.TESTED"
         )
-    collective._new_process_group_impl = _new_process_group_with_store
+    collective._new_process_group_impl = parallel._new_process_group_impl = _new_process_group_with_store
     stream.reduce_scatter = dist.stream.reduce_scatter = reduce_scatter
     mp_ops._mp_allreduce = _mp_allreduce
     mp_ops._c_lookup_table = _c_lookup_table
@@ -59,7 +62,10 @@ def _new_process_group_with_store(
     """Gloo contexts of all groups write their addresses under the same keys: give each group a store of its own."""
     if backend == "gloo" and group_name != collective._default_group_name:
         store = _own_store(store, rank, world_size, group_name)
-    return _new_process_group(backend, store, rank, world_size, group_name, *args, **kwargs)
+    made = _new_process_group(backend, store, rank, world_size, group_name, *args, **kwargs)
+    if backend == "gloo":
+        patience.lift(kwargs.get("group_id", 0), rank, world_size)
+    return made
 
 
 def _own_store(store: core.TCPStore, rank: int, world_size: int, group_name: str) -> core.TCPStore:

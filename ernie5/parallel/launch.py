@@ -17,6 +17,7 @@ from typing import BinaryIO
 POLL_SECONDS = 0.05
 LAST_LINES = 25
 _PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None)  # loaded here, not between fork and exec
 
 
 class LaunchError(RuntimeError):
@@ -57,14 +58,14 @@ def launch(
 
 
 def _start(command: Sequence[str], environment: Mapping[str, str], output: BinaryIO) -> subprocess.Popen:
-    """In a session of its own, which the kernel kills when this process dies without having killed it (Linux)."""
-    libc = ctypes.CDLL(None)
+    return subprocess.Popen(command, env=environment, stdout=output, stderr=output, preexec_fn=in_own_session)
 
-    def die_with_parent() -> None:
-        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
-    options = {"preexec_fn": die_with_parent} if hasattr(libc, "prctl") else {}
-    return subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True, **options)
+def in_own_session() -> None:
+    """In a new process, before its program: a session of its own, and the kernel kills it with its parent (Linux)."""
+    os.setsid()
+    if hasattr(_LIBC, "prctl"):
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _variables(rank: int, endpoints: list[str], master: str) -> dict[str, str]:

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 import warnings
 
 import paddle
 import paddle.distributed as dist
+from paddle.base import core
 from paddle.distributed import fleet
 from paddle.distributed.communication.group import Group
 
 from ernie5.config.schema import ParallelConfig
+from ernie5.parallel import calls, watchdog
+from ernie5.parallel.blame import Wait
 from ernie5.parallel.layout import Layout, world_size
+from ernie5.parallel.watchdog import Watchdog
 
 GLOO = "gloo"
 
@@ -25,6 +30,7 @@ class Topology:
 
     def __init__(self, config: ParallelConfig, num_layers: int, audio_levels: int) -> None:
         self.config, self.layout = config, Layout(config, world_size())
+        self.watchdog = _start_watchdog(config.timeout_seconds) if self.layout.ranks > 1 else None
         self.hcg = _start_fleet(config, self.layout)
         self.rank = dist.get_rank()
         self.place = self.layout.coordinates[self.rank]
@@ -82,10 +88,39 @@ class Topology:
         return mine
 
 
+def _start_watchdog(seconds: float) -> Watchdog:
+    """This process's, which lives as long as the process; before any group, so that it sees those being made."""
+    if watchdog.running is None:
+        store = core.create_or_get_global_tcp_store()
+        rank = int(os.environ["PADDLE_TRAINER_ID"])
+
+        def exchange(address: str | None) -> str:
+            if address is not None:
+                store.set("ernie5/watchdog", address)
+            return store.get("ernie5/watchdog").decode()
+
+        host = os.environ["PADDLE_CURRENT_ENDPOINT"].rsplit(":", 1)[0]
+        kind = watchdog.Centre if rank == 0 else watchdog.Member
+        made = watchdog.running = kind(rank, world_size(), host, seconds, exchange)
+        calls.install()
+        recorded = calls.calls
+        recorded.on_failure, recorded.returns_at_once = made.broken, not _on_cpu()
+        made.counts = recorded.counts
+        made.waits = lambda: [
+            Wait(c.name, c.key, c.ranks, c.number, time.monotonic() - c.since, _on_cpu()) for c in recorded.waiting()
+        ]
+        made.start()
+    return watchdog.running
+
+
+def _on_cpu() -> bool:
+    return not paddle.is_compiled_with_cuda() or os.environ.get("PADDLE_DISTRI_BACKEND") == GLOO
+
+
 def _start_fleet(config: ParallelConfig, layout: Layout) -> fleet.base.topology.HybridCommunicateGroup:
     if not paddle.is_compiled_with_cuda():
         os.environ["PADDLE_DISTRI_BACKEND"] = GLOO
-    if os.environ.get("PADDLE_DISTRI_BACKEND") == GLOO:
+    if _on_cpu():
         from ernie5.parallel import gloo
 
         gloo.install()

@@ -75,6 +75,26 @@ class StepLog(TrainerCallback):
             self.trainer.log_file.append(record)
 
 
+class LifeSigns(TrainerCallback):
+    """Tells the watchdog of several processes which step this is, and when the others may have to wait for long."""
+
+    def __init__(self, trainer: Ernie5Trainer) -> None:
+        self.watchdog = trainer.worker.topology.watchdog if trainer.worker else None
+
+    def on_step_begin(
+        self, args: Ernie5TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        if self.watchdog is not None:
+            self.watchdog.working_on(state.global_step + 1)
+
+    def on_step_end(
+        self, args: Ernie5TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        if self.watchdog is not None:
+            ends = state.global_step >= state.max_steps
+            self.watchdog.may_take_long("saving" if control.should_save or ends else "")
+
+
 class Progress(TrainerCallback):
     """tqdm over the steps with time left, loss and tokens/s; into a file it writes a line every ten seconds at most."""
 

@@ -23,7 +23,7 @@ from ernie5.checkpoint.state import MODEL, OPTIMIZER, held_moments, held_weights
 from ernie5.model.losses import total_weights
 from ernie5.paddlenlp import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 from ernie5.trainer.arguments import Ernie5TrainingArguments
-from ernie5.trainer.callbacks import Dashboards, Progress, RouterBalance, Schedules, StepLog
+from ernie5.trainer.callbacks import Dashboards, LifeSigns, Progress, RouterBalance, Schedules, StepLog
 from ernie5.trainer.loader import RowLoader
 from ernie5.trainer.log import TrainLog
 from ernie5.trainer.metrics import IntervalMeter, StepMeter
@@ -62,7 +62,7 @@ class Ernie5Trainer(Trainer):
         self.log_file = TrainLog(self.run_dir)
         self.step_meter, self.interval, self.record = StepMeter(), IntervalMeter(), {}
         self.clip = GuardedClip(args.max_grad_norm, self._refuse_gradient)
-        own = [kind(self) for kind in (Schedules, RouterBalance, StepLog, Progress, Dashboards)]
+        own = [kind(self) for kind in (Schedules, RouterBalance, StepLog, LifeSigns, Progress, Dashboards)]
         super().__init__(
             model=model,
             args=args,
