@@ -194,7 +194,8 @@ def measure(run: Run) -> dict[str, Any]:
 
     config, problem = run.config(), kernels.library().problem
     kind = SingleProcess if run.processes == 1 else OneOfSeveral
-    small = replace(config, model=replace(model_preset("tiny"), num_layers=4))
+    layers = 2 * config.parallel.pipeline * config.parallel.virtual_stages
+    small = replace(config, model=replace(model_preset("tiny"), num_layers=layers))
     kind(small).step()  # libraries are loaded and links made at their first use
     fill_blas()
     before = worker.trimmed_bytes()

@@ -287,27 +287,33 @@ class StageMemory:
         if self.layout.sharding_stage == 2 and self.micro_batches > 1:
             moments += [(own, self.activations, self.work_of_heads), *self._backward(own)]
         elif self.micro_batches > 1:
-            moments += self._later_backward()
+            moments += self._several_backward()
         else:
             moments += [(0, self.activations, self.work_of_heads), *self._backward(0)]
         gradients, activations, work = max(moments, key=sum)
         return RankMemory(self.parameters, gradients, self.optimizer, activations, work)
 
-    def _later_backward(self) -> list[tuple[int, int, int]]:
-        """(gradients, activations, working bytes) of a backward pass that adds to the gradients of earlier ones.
+    def _several_backward(self) -> list[tuple[int, int, int]]:
+        """(gradients, activations, working bytes) of the first backward pass of several, and of those that add to it.
 
         A block's expert gradients exist once more until they are added, and so does that of the table, from the first
         head to the last look-up.
         """
-        states, below = self.states, self.kept_of_blocks + self.kept_of_batches
+        everything = self.kept_of_blocks + self.kept_of_batches
+        later = min(self.flying, (self.micro_batches - 1) * self.layout.virtual)  # once the first pass is through
+        below = everything * later // self.flying
         block = self.work_of_block + self.block.experts * self.bytes.gradient
         waiting = self.table if self.last and self.layout.pipeline == 1 else 0
-        moments = [(self.gradients, self.activations, self.work_of_heads), (self.gradients, below, block + waiting)]
+        moments = [(0, self.activations, self.work_of_heads), (self.gradients, below, block + waiting)]
+        moments.append((self.gradients, below + self.kept_of_heads, self.work_of_heads))
+        for done in range(self.blocks // self.layout.virtual):  # in the first pass gradients come as activations go
+            new = (done + 1) * self.block.total * self.bytes.gradient
+            moments.append((new, everything - done * self.kept_of_checkpoint, self.work_of_block))
         if self.last and self.model.mtp_depth:
             ahead = self.kept_of_heads - (1 + self.model.mtp_depth) * self.logits
             moments.append((self.gradients, below + ahead, block + self.table))
         if self.stage == 0:
-            moments.append((self.gradients, self.kept_of_batches, self.table + waiting + states))
+            moments.append((self.gradients, self.kept_of_batches, self.table + waiting + self.states))
         return moments
 
     def _backward(self, gradients: int) -> list[tuple[int, int, int]]:
