@@ -6,6 +6,10 @@
 The time is that of the whole call, prompt included; end-of-text is switched off for everyone. Floor: the bytes of
 weights that a step has to read (every routed expert once that one of the sequences chose) and of keys and values,
 at the machine's read rate.
+
+Figures: ``speedup_vs_best_peer`` compares float32 with the peers' fastest float32 setting (torch.compile included),
+``bf16_speedup_vs_best_peer`` bfloat16 with bfloat16, and ``any_precision_speedup_vs_best_peer`` our fastest precision
+with the fastest that any peer reaches in any precision; where one of the two was not measured, it stands for neither.
 """
 
 from __future__ import annotations
@@ -218,14 +222,18 @@ def floor_seconds(shape: Shape, batch: int, rates: dict[str, float], size: int) 
     return (size * weights + 4 * shape.layers * shape.hidden * shape.experts + 4 * cached) / rates["read"]
 
 
-def measure(shape: Shape, dtype: str, options: Any, report: common.Report, rates: dict[str, float]) -> None:
+def measure(
+    shape: Shape, dtype: str, options: Any, report: common.Report, rates: dict[str, float]
+) -> dict[int, dict[str, float]]:
+    """Median seconds of every contender, by batch size."""
+    found = {}
     with common.Field(contenders(shape.name, dtype, options), options) as field:
         share_weights(field)
         for batch in options.batches:
             field.each(lambda w, batch=batch: w.ask("prepare", batch=batch))
             agreed = check_tokens(field, dtype)
             times = common.interleave(field, options.rounds)
-            seconds = common.medians(times)
+            found[batch] = seconds = common.medians(times)
             least = NEW * floor_seconds(shape, batch, rates, 4 if dtype == "fp32" else 2)
             prefix, label = "" if dtype == "fp32" else f"{dtype}_", f"_{shape.name.lower()}_b{batch}"
             report.speedup(f"{prefix}speedup_vs_best_peer{label}", seconds, seconds.keys() - {"ours"})
@@ -236,6 +244,19 @@ def measure(shape: Shape, dtype: str, options: Any, report: common.Report, rates
             columns = ["contender", "tokens/s", "scatter", "tokens as ours"]
             report.table(f"{shape.name}, {dtype}, batch {batch}", columns, rows)
         report.failures(field.failed)
+    return found
+
+
+def compare_precisions(shape: Shape, measured: dict[str, dict[int, dict[str, float]]], report: common.Report) -> None:
+    """Our fastest precision against the peers' fastest: ``measured`` is dtype -> batch -> contender -> seconds."""
+    if len(measured) < 2:
+        return
+    for batch in set.intersection(*(set(by_batch) for by_batch in measured.values())):
+        seconds = [(name, value) for by_batch in measured.values() for name, value in by_batch[batch].items()]
+        ours = [value for name, value in seconds if name == "ours"]
+        peers_ = [value for name, value in seconds if name != "ours"]
+        name = f"any_precision_speedup_vs_best_peer_{shape.name.lower()}_b{batch}"
+        report.figure(name, min(peers_) / min(ours) if ours and peers_ else None)
 
 
 def main() -> int:
@@ -247,11 +268,11 @@ def main() -> int:
     report = common.Report("Decoding", options)
     rates = floor.measure(options)
     report.table("Machine", ["rate", "value"], floor.rows(rates))
-    for dtype in options.dtypes:
-        for shape in options.shapes:
-            measure(SHAPES[shape], dtype, options, report, rates)
+    for shape in options.shapes:
+        measured = {dtype: measure(SHAPES[shape], dtype, options, report, rates) for dtype in options.dtypes}
+        compare_precisions(SHAPES[shape], measured, report)
     shapes = [shape.lower() for shape in options.shapes]
-    for prefix in ("", "bf16_"):
+    for prefix in ("", "bf16_", "any_precision_"):
         for name in ("speedup_vs_best_peer", "fraction_of_bandwidth_floor"):
             for batch in options.batches:
                 report.merge(f"{prefix}{name}_b{batch}", [f"{prefix}{name}_{shape}_b{batch}" for shape in shapes])

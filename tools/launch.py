@@ -78,7 +78,7 @@ def _reached(run_dir: Path | None) -> int | None:
 def _goes_on(run_dir: Path | None) -> str:
     if run_dir is None:
         return "from wherever the script takes up its work"
-    from ernie5.trainer.checkpoint import step_checkpoints
+    from ernie5.checkpoint import step_checkpoints
 
     found = step_checkpoints(run_dir)
     return f"from {found[-1]}" if found else f"from the beginning: {run_dir} has no checkpoint yet"

@@ -63,7 +63,7 @@ class Decoder:
             chosen = self.sampler.classes(masked(logits, self.continuations.allowed(states, left)))
             if number:
                 chosen = np.where(columns[-1] == end, end, chosen)
-            states = self.continuations.after(states, chosen)
+            states = self.continuations.after(states, chosen).astype(np.int64)
             columns.append(chosen)
             if (chosen == end).all():
                 break

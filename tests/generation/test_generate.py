@@ -9,7 +9,9 @@ import paddle
 import pytest
 
 from ernie5.generation import generate
+from ernie5.generation.decode import TOKENS_A_CALL
 from ernie5.generation.walk import Walk
+from ernie5.ops import kernels
 from ernie5.sequence.parts import Audio, Image, RawPart, Speaker, Text, Video
 from ernie5.sequence.vocabulary import NUM_SPECIALS, Special
 from ernie5.tokenizers.text import TextTokenizer
@@ -79,7 +81,9 @@ def with_logits(monkeypatch: pytest.MonkeyPatch, name: str, change) -> None:
 
 
 def with_text_logits(monkeypatch: pytest.MonkeyPatch, change) -> None:
+    """Changes the logits of every token, which are then chosen in Python, one a call."""
     original = Walk.text_logits
+    monkeypatch.setattr(Walk, "can_write", lambda *args: False)
     monkeypatch.setattr(Walk, "text_logits", lambda *args: change(original(*args).copy()))
 
 
@@ -130,6 +134,24 @@ def test_text_is_well_formed_and_complete(size: int, options: dict, monkeypatch:
         assert result.encode("utf-16-be").decode("utf-16-be") == result and "\ufffd" not in result
     alone = generate(MODEL, tokenizers, prompts[0], "text", max_new_tokens=size, **options)
     assert alone == results[:1]
+
+
+@pytest.mark.skipif(not kernels.available("decode_text"), reason="no compiled kernels on this machine")
+@pytest.mark.parametrize("options", [{"temperature": 0.0}, {}, {"top_k": 3}, {"top_p": 0.5, "temperature": 2.0}])
+def test_the_kernel_writes_what_python_chooses(options: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over more tokens than it writes a call, one of them for the prompts together and one for the first alone."""
+    text = TextTokenizer.train(["the heart 😀 world 世界"] * 3, 330, progress=False)
+    tokenizers = SimpleNamespace(text=text, vision=TOKENIZERS.vision)
+    prompts = [[Text(f"{number} red stars")] for number in range(4)]
+    written, write = [], Walk.write
+    monkeypatch.setattr(Walk, "write", lambda *args: written.append(write(*args)) or written[-1])
+    given = {"max_new_tokens": TOKENS_A_CALL + 9, **options}
+    found = generate(MODEL, tokenizers, prompts, "text", **given)
+    assert [part.shape[1] for part in written] == [TOKENS_A_CALL, 8]
+    alone = generate(MODEL, tokenizers, prompts[0], "text", **given)
+    monkeypatch.setattr(Walk, "can_write", lambda *args: False)
+    assert found == generate(MODEL, tokenizers, prompts, "text", **given)
+    assert alone == found[:1]
 
 
 def _keen_on_surrogates(logits: np.ndarray) -> np.ndarray:
