@@ -64,7 +64,7 @@ class StageMemory:
 
     @property
     def gradients(self) -> int:
-        """Of everything a rank holds; under ZeRO stage 2 they are all there at the end of a backward pass."""
+        """Of everything a rank holds."""
         return self.held.total * self.bytes.gradient
 
     @property
@@ -214,9 +214,12 @@ class StageMemory:
 
     @property
     def summed_copy(self) -> int:
-        """Gradients are joined in one buffer before they are added up over replicas: of all that have any."""
+        """Gradients are joined in one buffer before they are added up over replicas: of all that have any.
+
+        Those of experts that ZeRO divides go to their owners one by one.
+        """
         dense = self.held.dense if self.layout.stage_ranks > 1 else 0
-        experts = self.held.experts if self.layout.expert_replicas > 1 else 0
+        experts = self.held.experts if self.layout.expert_replicas > self.layout.expert_sharding else 0
         return (dense + experts) * self.bytes.gradient
 
     def peak(self) -> RankMemory:
@@ -224,18 +227,40 @@ class StageMemory:
 
         ``gradients`` and ``activations`` are those of that moment.
         """
+        if self.layout.sharding_stage == 2:
+            return self._most(self._collected())
         moments = [(self.gradients, self.micro_batches * self.fields, self.summed_copy)]
         head = self.work_of_heads
-        if self.layout.sharding_stage == 2 and self.micro_batches > 1:
-            own = self.owned.total * self.bytes.gradient
-            moments += [(own, self.activations, head), *self._backward(own)]
-        elif self.micro_batches > 1:  # a block's expert gradients exist once more until they are added
+        if self.micro_batches > 1:  # a block's expert gradients exist once more until they are added
             work = max(head, self.work_of_block + self.block.experts * self.bytes.parameter)
             moments.append((self.gradients, self.activations, work))
         else:
             moments += [(0, self.activations, head), *self._backward(0)]
+        return self._most(moments)
+
+    def _most(self, moments: list[tuple[int, int, int]]) -> RankMemory:
         gradients, activations, work = max(moments, key=sum)
         return RankMemory(self.parameters, gradients, self.optimizer, activations, work)
+
+    def _collected(self) -> list[tuple[int, int, int]]:
+        """(gradients, activations, working bytes) of stage 2: sums of what the rank owns, gradients of the heads and of
+        one block, which go to their owners when it has run backward.
+        """
+        own, of_block = self.owned.total * self.bytes.gradient, self.block.total * self.bytes.gradient
+        outside = self.gradients - self.blocks * of_block
+        mtp = self.kept_of_block if self.last and self.model.mtp_depth else 0
+        below = self.activations - self.kept_of_heads + mtp
+        return [
+            (own, self.activations, self.work_of_heads),
+            (own + outside + of_block, below, self.work_of_block),
+            (own + outside, self.micro_batches * self.fields, 0),
+            (own, self.micro_batches * self.fields, self.owned.dense * self.bytes.gradient if self._copied else 0),
+        ]
+
+    @property
+    def _copied(self) -> bool:
+        """Whether owners add up what they own over further replicas."""
+        return self.layout.stage_ranks > self.layout.sharding
 
     def _backward(self, gradients: int) -> list[tuple[int, int, int]]:
         """(gradients, activations, working bytes) while each block, the last first, runs backward.
