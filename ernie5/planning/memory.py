@@ -243,18 +243,24 @@ class StageMemory:
         return RankMemory(self.parameters, gradients, self.optimizer, activations, work)
 
     def _collected(self) -> list[tuple[int, int, int]]:
-        """(gradients, activations, working bytes) of stage 2: sums of what the rank owns, gradients of the heads and of
-        one block, which go to their owners when it has run backward.
+        """(gradients, activations, working bytes) of ZeRO stage 2.
+
+        There are sums of what the rank owns, from the first micro-batch on, and gradients of the heads and of one block
+        at a time, which then go to their owners.
         """
         own, of_block = self.owned.total * self.bytes.gradient, self.block.total * self.bytes.gradient
+        before = own if self.micro_batches > 1 else 0
         outside = self.gradients - self.blocks * of_block
         mtp = self.kept_of_block if self.last and self.model.mtp_depth else 0
-        below = self.activations - self.kept_of_heads + mtp
+        first = self.activations - self.kept_of_heads + mtp
+        last = first - mtp - (self.blocks // self.layout.virtual - 1) * self.kept_of_checkpoint
+        fields = self.micro_batches * self.fields
         return [
-            (own, self.activations, self.work_of_heads),
-            (own + outside + of_block, below, self.work_of_block),
-            (own + outside, self.micro_batches * self.fields, 0),
-            (own, self.micro_batches * self.fields, self.owned.dense * self.bytes.gradient if self._copied else 0),
+            (before, self.activations, self.work_of_heads),
+            (before + outside + of_block, first, self.work_of_block),
+            (own + outside + of_block, last, self.work_of_block),
+            (own + outside, fields, 0),
+            (own, fields, self.owned.dense * self.bytes.gradient if self._copied else 0),
         ]
 
     @property
