@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from visualdl.reader.reader import LogReader
 
 from ernie5.parallel.launch import LaunchError, launch
 from tests.trainer.test_pretrain import TOOL, config_file  # noqa: F401  (a fixture)
@@ -30,6 +31,14 @@ def train(config: Path, ranks: int, run_dir: Path, *overrides: str) -> tuple[np.
     return losses, load_file(run_dir / "checkpoints" / "final" / "model.safetensors")
 
 
+def expert_scalars(run_dir: Path) -> dict[str, list[float]]:
+    """What the dashboards show of the load of every router, by tag."""
+    (record,) = (run_dir / "vdl").glob("vdlrecords.*")
+    reader = LogReader(file_path=str(record))
+    tags = [tag for tag in reader.get_tags()["scalar"] if tag.startswith("experts/")]
+    return {tag: [value.value for value in reader.get_data("scalar", tag)] for tag in tags}
+
+
 @pytest.mark.dist
 @pytest.mark.slow
 def test_two_stages_of_two_readers_train_as_one_process(config_file, tmp_path):  # noqa: F811
@@ -47,6 +56,10 @@ def test_two_stages_of_two_readers_train_as_one_process(config_file, tmp_path): 
     assert split.keys() == weights.keys()
     for name, value in weights.items():
         np.testing.assert_allclose(split[name], value, atol=1e-2, err_msg=name)
+    load, wanted = expert_scalars(tmp_path / "many"), expert_scalars(tmp_path / "one")
+    assert load.keys() == wanted.keys() and "experts/max_over_mean/router_02" in load, "of both stages, and of MTP"
+    for tag, values in wanted.items():
+        np.testing.assert_allclose(load[tag], values, rtol=0.05, err_msg=tag)
 
 
 @pytest.mark.dist
