@@ -1,4 +1,4 @@
-"""Every parallel layout against one process: losses of every step, first gradients, final parameters.
+"""Every parallel layout against one process: losses and gradient norm of every step, first gradients, final parameters.
 
     python benchmarks/parity.py [--layouts dp2 tp2.pp2] [--dtype float32] --json parity.json
 
@@ -38,6 +38,15 @@ LAYOUTS: dict[str, tuple[int, dict]] = {  # name -> (processes, degrees)
     "ep2-overlapped": (2, {"expert": 2, "dispatcher": "all_to_all_overlapped"}),
     "zero1x2": (2, {"sharding": 2}),
     "zero2x2": (2, {"sharding": 2, "sharding_stage": 2}),
+    "zero1x4.ep2": (4, {"expert": 2, "sharding": 4}),
+    "zero1x2.dp2.ep2": (4, {"expert": 2, "sharding": 2}),
+    "zero2x4.ep2": (4, {"expert": 2, "sharding": 4, "sharding_stage": 2}),
+    "zero1x2.tp2": (4, {"sharding": 2, "tensor": 2}),
+    "zero2x2.tp2.ep2": (4, {"sharding": 2, "sharding_stage": 2, "tensor": 2, "expert": 2}),
+    "zero2x2.cp2.ep2": (4, {"sharding": 2, "sharding_stage": 2, "context": 2, "expert": 2}),
+    "zero2x2.pp2": (4, {"sharding": 2, "sharding_stage": 2, "pipeline": 2}),
+    "zero2x2.pp2-virtual2": (4, {"sharding": 2, "sharding_stage": 2, "pipeline": 2, "virtual_stages": 2}),
+    "zero2x2.pp2.tp2.ep2": (8, {"sharding": 2, "sharding_stage": 2, "pipeline": 2, "tensor": 2, "expert": 2}),
     "cp2": (2, {"context": 2}),
     "tp2.pp2": (4, {"tensor": 2, "pipeline": 2}),
     "dp2.tp2": (4, {"tensor": 2}),
@@ -92,7 +101,7 @@ def main(arguments: list[str] | None = None) -> int:
             differences = compare(expected, found)
             figures |= {f"{kind}:{name}": value for kind, value in differences.items()}
             shown = ", ".join(f"{kind} {value:.1e}" for kind, value in differences.items())
-            print(f"{name:14} {shown} ({time.perf_counter() - started:.0f} s)", flush=True)
+            print(f"{name:20} {shown} ({time.perf_counter() - started:.0f} s)", flush=True)
     if options.json:
         about = {"dtype": options.dtype, "steps": options.steps, "rows": ROWS, "changes": json.loads(options.changes)}
         write_json(Path(options.json), {"figures": figures, **about})
@@ -116,7 +125,7 @@ def run(name: str, ranks: int, options: argparse.Namespace, folder: Path) -> dic
 def compare(expected: dict[str, np.ndarray], found: dict[str, np.ndarray]) -> dict[str, float]:
     """Largest relative difference of each kind; raises if one side has what the other has not."""
     assert expected.keys() == found.keys(), sorted(expected.keys() ^ found.keys())
-    worst = {"loss": 0.0, "gradients": 0.0, "parameters": 0.0}
+    worst = {"loss": 0.0, "norm": 0.0, "gradients": 0.0, "parameters": 0.0}
     for key, value in expected.items():
         kind = key.partition("/")[0]
         scale = np.abs(value) if kind == "loss" else np.abs(value).max()
@@ -144,6 +153,7 @@ def work(name: str, dtype: str, steps: int, changes: dict, out: Path) -> None:
         if step == 0:
             results |= {f"gradients/{key}": value for key, value in run.gradients().items()}
         run.update(losses)
+        results[f"norm/{step}"] = np.float64(run.clip.norm)
     results |= {f"parameters/{key}": value for key, value in run.parameters().items()}
     if os.environ.get("PADDLE_TRAINER_ID", "0") == "0":
         np.savez(out, **results)
@@ -152,14 +162,19 @@ def work(name: str, dtype: str, steps: int, changes: dict, out: Path) -> None:
 BIAS_SPEED = 1.0e-3
 
 
-def _optimizer(model: object) -> object:
-    from ernie5.trainer.optimizer import GuardedClip, build_optimizer
+def _clip() -> object:
+    from ernie5.trainer.optimizer import GuardedClip
 
     def refuse(norm: float) -> None:
-        if not os.environ.get("DBG"):
-            raise ValueError(f"gradient norm {norm}")
+        raise ValueError(f"gradient norm {norm}")
 
-    return build_optimizer(model, 1.0e-2, (0.9, 0.95), 1.0e-8, 0.1, GuardedClip(1.0, refuse))
+    return GuardedClip(1.0, refuse)
+
+
+def _optimizer(model: object, clip: object) -> object:
+    from ernie5.trainer.optimizer import build_optimizer
+
+    return build_optimizer(model, 1.0e-2, (0.9, 0.95), 1.0e-8, 0.1, clip)
 
 
 class _One:
@@ -170,7 +185,8 @@ class _One:
 
         self.model, self.dtype = Ernie5ForCausalLM(config, seed=1), dtype
         self.model.train()
-        self.optimizer = _optimizer(self.model)
+        self.clip = _clip()
+        self.optimizer = _optimizer(self.model, self.clip)
 
     def forward_backward(self, rows: Rows, step: int) -> dict[str, float]:
         import paddle
@@ -213,7 +229,8 @@ class _Many:
         self.worker = Worker(config, parallel, seed=1)
         self.model = self.worker.model
         self.model.train()
-        self.optimizer = self.worker.optimizer(_optimizer(self.model))
+        self.clip = _clip()
+        self.optimizer = self.worker.optimizer(_optimizer(self.model, self.clip))
 
     def forward_backward(self, rows: Rows, step: int) -> dict[str, float]:
         layout = self.worker.topology.layout

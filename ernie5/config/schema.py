@@ -154,8 +154,9 @@ class ParallelConfig:
     pipeline: int = 1  # stages
     virtual_stages: int = 1  # pieces of the model a pipeline stage holds
     context: int = 1  # ranks that share every row of tokens
-    sharding: int = 1  # ranks, with rows of their own, that share the optimizer's state (ZeRO)
-    sharding_stage: int = 1  # 1: optimizer state; 2: gradients too
+    sharding: int = 1  # ranks, with rows of their own, that share the optimizer's state (ZeRO); that of routed experts
+    # is shared, from 2 on, by all ranks that hold the same experts: data x sharding x context x tensor / expert
+    sharding_stage: int = 1  # 1: optimizer state; 2: gradients too, of each block as soon as it has run backward
     expert: int = 1  # ranks that share the routed experts, out of data x sharding x context x tensor of a stage
     dispatcher: str = "all_to_all"  # local | all_to_all | all_to_all_overlapped | deepep; expert = 1 is always local
     dispatch_chunks: int = 4  # parts in which all_to_all_overlapped moves the tokens

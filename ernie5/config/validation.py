@@ -341,8 +341,6 @@ def parallel_problems(parallel: ParallelConfig, model: ModelConfig, trainer: Tra
             f"trainer.gradient_accumulation (with batch_ramp) is {min(counts)} at the least; a pipeline of "
             f"{parallel.pipeline} stages with {parallel.virtual_stages} virtual ones needs {least} micro-batches"
         )
-    if parallel.sharding_stage == 2 and parallel.pipeline > 1:
-        yield "parallel.sharding_stage = 2 with a pipeline, whose micro-batches add up gradients; set it to 1"
     if parallel.dispatcher not in DISPATCHERS:
         yield f"parallel.dispatcher = {parallel.dispatcher!r} is unknown; there are {', '.join(DISPATCHERS)}"
     elif parallel.dispatcher == "local" and parallel.expert > 1:

@@ -10,42 +10,56 @@ from paddle.distributed.fleet.meta_optimizers.dygraph_optimizer.dygraph_sharding
     DygraphShardingOptimizer,
 )
 
+from ernie5.model import Ernie5ForCausalLM
 from ernie5.ops.adamw import global_norm
 from ernie5.parallel.gradients import Gradients
-from ernie5.parallel.plan import TIED_AUDIO, TIED_TEXT
+from ernie5.parallel.ownership import share_out
+from ernie5.parallel.plan import TIED_AUDIO, TIED_TEXT, Kind
 from ernie5.parallel.topology import Topology
 
 Pairs = list[tuple[paddle.Tensor, paddle.Tensor]]
 
 
 class ShardedOptimizer(DygraphShardingOptimizer):
-    """Each sharding rank keeps the state of some parameters, updates these and sends them to the others.
+    """Each rank keeps the state of some parameters, updates these and sends them to the others (``ownership.py``).
 
-    Around any optimizer of Paddle's. Parameters that the sharding ranks do not have in common, experts that lie across
-    them, stay with their rank. Shared weights have the same owner on every stage.
+    Around any optimizer of Paddle's. Shared weights have the same owner on every stage.
     """
 
-    def __init__(self, optimizer: paddle.optimizer.Optimizer, gradients: Gradients, topology: Topology) -> None:
+    def __init__(
+        self,
+        optimizer: paddle.optimizer.Optimizer,
+        model: Ernie5ForCausalLM,
+        gradients: Gradients,
+        topology: Topology,
+    ) -> None:
         self.gradients, self.topology = gradients, topology
+        self.names = {parameter.name: name for name, parameter in gradients.parameters.items()}
+        gradients.own(self._owners(optimizer._parameter_list), model)
         super().__init__(optimizer, topology.hcg)
-        gradients.own(self.owner_of)
+
+    def _owners(self, parameters: list[paddle.Tensor]) -> dict[str, int]:
+        """Parameter -> its owner's place among the ranks that divide it, for those that are divided."""
+        config, placements, layout = self.topology.config, self.gradients.placements, self.topology.layout
+        sizes = {self.names[parameter.name]: parameter.size for parameter in parameters}
+        spread = {name for name in sizes if placements[name].kind is Kind.EXPERT}
+        inner, fixed = config.context * config.tensor, {TIED_TEXT: 0, TIED_AUDIO: 1 % config.sharding}
+        shared = share_out(sizes, spread, fixed, layout.stage_ranks, config.sharding, inner, config.expert)
+        return {
+            name: int(owner[placements[name].part if name in spread else 0])
+            for name, owner in shared.owner.items()
+            if placements[name].shards is not None
+        }
 
     def _partition_parameters(self) -> dict[int, list[paddle.Tensor]]:
-        ranks, group = self.topology.config.sharding, self.topology.sharding
-        names = {parameter.name: name for name, parameter in self.gradients.parameters.items()}
-        mapping: dict[int, list[paddle.Tensor]] = {rank: [] for rank in range(ranks)}
-        self.owner_of, sizes = {}, [0] * ranks
-        ordered = sorted(self._parameter_list, key=lambda p: p.size, reverse=True)
-        ordered.sort(key=lambda p: names[p.name] not in (TIED_TEXT, TIED_AUDIO))
-        for parameter in ordered:
-            name = names[parameter.name]
-            if not self.gradients.placements[name].shardable:
-                mapping[group.rank].append(parameter)
-                continue
-            owner = {TIED_TEXT: 0, TIED_AUDIO: 1 % ranks}.get(name, sizes.index(min(sizes)))
-            mapping[owner].append(parameter)
-            sizes[owner] += parameter.size
-            self.owner_of[name] = owner
+        """Fleet's table, by place along the sharding axis. An expert is in its owner's own alone."""
+        mapping: dict[int, list[paddle.Tensor]] = {rank: [] for rank in range(self.topology.config.sharding)}
+        for parameter in self._parameter_list:
+            name = self.names[parameter.name]
+            if self.gradients.is_mine(name):
+                mapping[self.topology.sharding.rank].append(parameter)
+            elif self.gradients.placements[name].kind is not Kind.EXPERT:
+                mapping[self.gradients.owner_of[name]].append(parameter)
         return mapping
 
     @paddle.no_grad()
@@ -56,8 +70,8 @@ class ShardedOptimizer(DygraphShardingOptimizer):
         self._sharding_sync_parameters()
 
     def _sharding_sync_parameters(self) -> None:
-        group = self.topology.sharding
-        for name, owner in self.owner_of.items():
+        for name, owner in self.gradients.owner_of.items():
+            group = self.gradients.placements[name].shards
             dist.broadcast(self.gradients.parameters[name], src=group.ranks[owner], group=group)
 
 

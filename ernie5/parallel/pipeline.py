@@ -7,12 +7,16 @@ micro-batch, which every stage has.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import paddle
 from paddle.distributed import fleet
 from paddle.distributed.fleet.meta_parallel import PipelineLayer
-from paddle.distributed.fleet.meta_parallel.pipeline_parallel import PipelineParallel, PipelineParallelWithInterleave
+from paddle.distributed.fleet.meta_parallel.pipeline_parallel import (
+    PipelineParallel,
+    PipelineParallelMicroStepLocations,
+    PipelineParallelWithInterleave,
+)
 
 from ernie5.model.losses import TERMS
 from ernie5.model.modeling import Ernie5ForCausalLM, MicroBatch
@@ -22,9 +26,14 @@ Carried = tuple[paddle.Tensor, paddle.Tensor]  # hidden states, audio losses [1]
 
 
 class Pipeline:
-    """Runs the micro-batches of a step through ``model``, of which this rank has its stage's layers."""
+    """Runs the micro-batches of a step through ``model``, of which this rank has its stage's layers.
 
-    def __init__(self, model: Ernie5ForCausalLM, topology: Topology) -> None:
+    ``after_backward`` is called behind every backward pass of a micro-batch through a piece of the model.
+    """
+
+    def __init__(
+        self, model: Ernie5ForCausalLM, topology: Topology, after_backward: Callable[[], None] = lambda: None
+    ) -> None:
         self.model, self.topology = model, topology
         self.batches: Sequence[Mapping[str, paddle.Tensor]] = []
         self.total: Mapping[str, float] = {}
@@ -41,6 +50,7 @@ class Pipeline:
         strategy = fleet.fleet._user_defined_strategy
         strategy.pipeline_configs = {"accumulate_steps": 2 * topology.config.pipeline, "micro_batch_size": 1}
         self.schedule = kind(layers, topology.hcg, strategy)
+        self.schedule.register_hook(PipelineParallelMicroStepLocations.BACKWARD_END, lambda **_: after_backward())
         if topology.gloo:
             from ernie5.parallel.gloo import Neighbours
 

@@ -88,8 +88,8 @@ class Placement:
     part: int
     parts: int
     replicas: Group | None  # ranks of this stage that hold the same part and see other tokens
-    owners: Group | None  # those of them at the same place of the sharding axis
-    shardable: bool  # whether the sharding ranks hold the same part, and may share its optimizer state
+    shards: Group | None  # those of them that divide the optimizer state (ZeRO), see ``ownership.py``
+    owners: Group | None  # those of them that keep the same share of it
     tied: Group | None  # ranks of other stages that hold the same part
     copies: int  # ranks of the whole run that hold this part
 
@@ -102,14 +102,15 @@ def placement(name: str, topology: Topology) -> Placement:
         tied, stages = topology.tied_text, len(topology.text_stages)
     elif name == TIED_AUDIO:
         tied, stages = topology.tied_audio, len(topology.audio_stages)
-    if kind is Kind.EXPERT and config.expert > 1:
-        part = layout.flat(topology.rank) % config.expert
-        copies = layout.stage_ranks // config.expert
-        return Placement(name, kind, part, config.expert, topology.expert_replicas, None, False, None, copies)
-    if kind in (Kind.REPLICATE, Kind.EXPERT) or config.tensor == 1:
+    if kind is Kind.EXPERT:
+        part, copies = layout.flat(topology.rank) % config.expert, layout.stage_ranks // config.expert
+        replicas = topology.expert_replicas
+        shards = replicas if config.sharding > 1 else None
+        return Placement(name, kind, part, config.expert, replicas, shards, None, None, copies)
+    shards = topology.sharding
+    if kind is Kind.REPLICATE or config.tensor == 1:
         copies = layout.stage_ranks * stages
-        return Placement(name, kind, 0, 1, topology.stage, topology.owners, True, tied, copies)
+        return Placement(name, kind, 0, 1, topology.stage, shards, topology.owners, tied, copies)
     copies = layout.stage_ranks // config.tensor * stages
-    place = topology.place.tensor
-    groups = topology.split_replicas, topology.split_owners
-    return Placement(name, kind, place, config.tensor, *groups, True, tied, copies)
+    groups = topology.split_replicas, shards, topology.split_owners
+    return Placement(name, kind, topology.place.tensor, config.tensor, *groups, tied, copies)

@@ -35,7 +35,7 @@ class Worker:
         self.shapes = {name: tuple(tensor.shape) for name, tensor in whole.state_dict().items()}
         self.processes = Processes(self.topology.rank, self.topology.layout.ranks, _gather)
         self.gradients = Gradients(self.model, self.placements, names, self.topology)
-        self.pipeline = Pipeline(self.model, self.topology) if parallel.pipeline > 1 else None
+        self.pipeline = Pipeline(self.model, self.topology, self.gradients.collect) if parallel.pipeline > 1 else None
         self.dtype = paddle.get_default_dtype()
 
     def part_of(self, name: str) -> Part:
@@ -54,10 +54,6 @@ class Worker:
     def row_ranks(self) -> int:
         return self.topology.layout.rows
 
-    @property
-    def stage_two(self) -> bool:
-        return self.topology.sharding is not None and self.topology.config.sharding_stage == 2
-
     def optimizer(self, optimizer: paddle.optimizer.Optimizer) -> paddle.optimizer.Optimizer | ShardedOptimizer:
         """What to step in place of ``optimizer``, which was built for the parameters of ``model``.
 
@@ -68,7 +64,7 @@ class Worker:
             clip.measure = partial(measure_norm, self.gradients, self.topology)
         if self.topology.sharding is None:
             return optimizer
-        return ShardedOptimizer(optimizer, self.gradients, self.topology)
+        return ShardedOptimizer(optimizer, self.model, self.gradients, self.topology)
 
     def total_weights(self, batches: Sequence[Batch]) -> dict[str, float]:
         """What the losses of a step are divided by; ``batches`` are the micro-batches of this rank's rows."""
@@ -89,10 +85,9 @@ class Worker:
         parts = [to_tensors(local_part(batch, self.topology), self.dtype) for batch in batches]
         if self.pipeline is not None:
             sums = self.pipeline.forward_backward(parts, divisors)
-            self.gradients.finish()
         else:
             sums = self._one_after_another(parts, divisors)
-            self.gradients.finish(collected=self.stage_two)
+        self.gradients.finish()
         return self._report(sums, total, batches)
 
     def _one_after_another(
@@ -105,8 +100,7 @@ class Worker:
             for name, value in outputs["losses"].items():
                 value = value.detach() * divisors[name]
                 sums[name] = sums[name] + value if name in sums else value
-            if self.stage_two:
-                self.gradients.collect()
+            self.gradients.collect()
         return sums
 
     def _report(
@@ -133,6 +127,17 @@ class Worker:
         for router in self.model.routers():
             if self.topology.stage is not None:
                 dist.all_reduce(router.counts, group=self.topology.stage)
+
+    def whole_load(self, load: np.ndarray) -> np.ndarray:
+        """int64 [R,E] of this stage's routers -> that of all stages', bottom to top; every rank calls it."""
+        config, topology = self.model.config, self.topology
+        if topology.config.pipeline == 1:
+            return load
+        whole = np.zeros([config.num_layers + bool(config.mtp_depth), load.shape[1]], load.dtype)
+        if topology.layout.flat(topology.rank) == 0:
+            here = sorted(block for piece in topology.blocks() for block in piece)
+            whole[here + [config.num_layers] * (self.model.mtp is not None)] = load
+        return topology.sum_over_world(paddle.to_tensor(whole)).numpy()
 
     def gather_whole(self, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray] | None:
         """Parts by name on every rank -> whole arrays on rank 0; None elsewhere. Buffers are whole everywhere."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from ernie5.config import Config
 from ernie5.planning.layout import Layout, micro_batches, ranks_of_a_token
 from ernie5.planning.machine import Machine
-from ernie5.planning.shards import held_by_stage, replicated_in_tensor_group, tied_parameters
+from ernie5.planning.shards import held_by_stage, owned_by_stage, replicated_in_tensor_group, tied_parameters
 
 HIDDEN = {
     "local": 0.0,
@@ -111,22 +111,33 @@ class StageTraffic:
         return self._repeated("pipeline", "states to the next stage, gradients back", "pipeline", size, count)
 
     def gradients(self) -> Traffic | None:
-        """Summed over replicas, each in its group: what tensor ranks divide, what they hold whole, routed experts."""
+        """Summed over replicas, each in its group: what tensor ranks divide, what they hold whole, routed experts.
+
+        ZeRO stage 2 sends them to their owners after every micro-batch, and sums those of the owners at the end.
+        """
         layout, size = self.layout, self.machine.bytes_of.gradient
-        held = held_by_stage(self.model, layout, self.stage)
-        whole = replicated_in_tensor_group(self.model, layout, self.stage)
-        sent = 2 * _ring(held.dense - whole, layout.dense_replicas)
-        sent += 2 * _ring(whole, layout.stage_ranks) + 2 * _ring(held.experts, layout.expert_replicas)
+        held, owned = held_by_stage(self.model, layout, self.stage), owned_by_stage(self.model, layout, self.stage)
+        whole, dense, experts = replicated_in_tensor_group(self.model, layout, self.stage), held.dense, held.experts
         group = "dense" if layout.dense_replicas > 1 else "tensor"
-        joined = 0 if layout.sharding > 1 else held.dense * (layout.stage_ranks > 1)
-        joined += held.experts * (layout.expert_replicas > layout.expert_sharding)
-        return self._once("gradients", "summed over replicas", group, sent * size, 2 * COPY * joined * size)
+        if layout.sharding_stage == 1:
+            sent = 2 * _ring(dense - whole, layout.dense_replicas)
+            sent += 2 * _ring(whole, layout.stage_ranks) + 2 * _ring(experts, layout.expert_replicas)
+            joined = 0 if layout.sharding > 1 else dense * (layout.stage_ranks > 1)
+            joined += experts * (layout.expert_replicas > layout.expert_sharding)
+            return self._once("gradients", "summed over replicas", group, sent * size, 2 * COPY * joined * size)
+        sent = self.micro_batches * (_ring(dense, layout.sharding) + _ring(experts, layout.expert_sharding))
+        sent += 2 * _ring(owned.dense, layout.stage_ranks // layout.sharding)
+        joined = owned.dense * (layout.stage_ranks > layout.sharding)
+        what = "to their owners, in every micro-batch"
+        return self._once("gradients", what, group, sent * size, 2 * COPY * joined * size)
 
     def parameters(self) -> Traffic | None:
         """ZeRO: the updated parameters, from their owners. (Its half of the sum above ends with the owner.)"""
         held, layout = held_by_stage(self.model, self.layout, self.stage), self.layout
         sent = _ring(held.dense, layout.sharding) + _ring(held.experts, layout.expert_sharding)
-        return self._once("ZeRO gather", "updated parameters", "sharding", sent * self.machine.bytes_of.parameter)
+        groups = ["sharding", "expert_replicas"] if layout.expert_sharding > 1 else ["sharding"]
+        group = max(groups, key=layout.span)
+        return self._once("ZeRO gather", "updated parameters", group, sent * self.machine.bytes_of.parameter)
 
     def tied(self) -> Traffic | None:
         """Gradients of the tables that several stages hold."""

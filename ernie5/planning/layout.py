@@ -78,8 +78,8 @@ class Layout:
 
     @property
     def expert_sharding(self) -> int:
-        """Ranks among which ZeRO divides the state of the routed experts: none where they hold different ones."""
-        return self.sharding if self.expert == 1 else 1
+        """Ranks among which ZeRO divides the state of the routed experts: all that hold the same ones."""
+        return self.expert_replicas if self.sharding > 1 else 1
 
     def chunks(self, layers: int) -> list[range]:
         """Blocks of every chunk in the order of the network, equally many; chunk c belongs to stage c % pipeline."""

@@ -71,7 +71,7 @@ class StageMemory:
 
     @property
     def gradients(self) -> int:
-        """Of everything a rank holds; under ZeRO stage 2 they are all there at the end of a backward pass."""
+        """Of everything a rank holds."""
         return self.held.total * self.bytes.gradient
 
     @property
@@ -283,15 +283,36 @@ class StageMemory:
         ``gradients`` and ``activations`` are those of that moment.
         """
         own, fields = self.owned.total * self.bytes.gradient, self.micro_batches * self.fields
-        moments = [(self.gradients, fields, 0), (own, fields, self.summed_copy)]
-        if self.layout.sharding_stage == 2 and self.micro_batches > 1:
-            moments += [(own, self.activations, self.work_of_heads), *self._backward(own)]
+        moments = [(own, fields, self.summed_copy)]
+        if self.layout.sharding_stage == 2:
+            moments += self._collected(own)
         elif self.micro_batches > 1:
-            moments += self._several_backward()
+            moments += [(self.gradients, fields, 0), *self._several_backward()]
         else:
-            moments += [(0, self.activations, self.work_of_heads), *self._backward(0)]
+            moments += [(self.gradients, fields, 0), (0, self.activations, self.work_of_heads), *self._backward(0)]
         gradients, activations, work = max(moments, key=sum)
         return RankMemory(self.parameters, gradients, self.optimizer, activations, work)
+
+    def _collected(self, own: int) -> list[tuple[int, int, int]]:
+        """(gradients, activations, working bytes) of ZeRO stage 2.
+
+        There are sums of what the rank owns, from the first micro-batch on, and gradients of the heads and of one block
+        at a time, which then go to their owners.
+        """
+        of_block = self.block.total * self.bytes.gradient
+        before = own if self.micro_batches > 1 else 0
+        outside = self.gradients - self.blocks * of_block
+        mtp = self.kept_of_block if self.last and self.model.mtp_depth else 0
+        first = self.kept_of_blocks + self.kept_of_batches
+        last = first - (self.blocks // self.layout.virtual - 1) * self.kept_of_checkpoint
+        moments = [
+            (before, self.activations, self.work_of_heads),
+            (before + outside + of_block, first + mtp, self.work_of_block),
+            (own + outside + of_block, last, self.work_of_block),
+        ]
+        if self.stage == 0:
+            moments.append((own + outside, self.kept_of_batches, self.table + self.states))
+        return moments
 
     def _several_backward(self) -> list[tuple[int, int, int]]:
         """(gradients, activations, working bytes) of the first backward pass of several, and of those that add to it.

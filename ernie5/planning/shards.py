@@ -11,6 +11,7 @@ from functools import lru_cache
 
 from ernie5.config import ModelConfig
 from ernie5.config.counting import Shapes, block_shapes, outer_shapes
+from ernie5.parallel.ownership import share_out
 from ernie5.planning.layout import Layout
 
 TENSOR_AXES = {  # end of a name -> the axis that the tensor ranks divide
@@ -75,25 +76,23 @@ class Owned:
 
 
 def owned_by_stage(model: ModelConfig, layout: Layout, stage: int) -> Owned:
-    """Whole parameters go to the sharding rank that has least so far, the largest first; tied tables have their owners.
-
-    Experts that lie across the ranks stay where they are.
-    """
+    """By the table of ``ernie5.parallel.ownership``. Without ZeRO a rank keeps the state of all that it holds."""
     return _owned_by_stage(astuple(model), layout, stage)
 
 
 @lru_cache(maxsize=4096)
 def _owned_by_stage(values: tuple, layout: Layout, stage: int) -> Owned:
-    model, ranks = ModelConfig(*values), layout.sharding
+    model = ModelConfig(*values)
+    if layout.sharding == 1:
+        held = held_by_stage(model, layout, stage)
+        return Owned(held.dense, held.experts)
     sizes = {name: math.prod(shape) for name, shape in stage_shapes(model, layout, stage).items()}
-    spread = {name for name in sizes if EXPERTS in name and layout.expert > 1}
-    load = [0] * ranks
-    for rank, name in enumerate(TIED):
-        if name in sizes:
-            load[rank % ranks] += sizes[name]
-    for name in sorted(sizes.keys() - spread - set(TIED), key=lambda name: -sizes[name]):
-        load[load.index(min(load))] += sizes[name]
-    return Owned(max(load), sum(sizes[name] for name in spread))
+    spread = {name for name in sizes if EXPERTS in name}
+    fixed = {name: place % layout.sharding for place, name in enumerate(TIED)}
+    inner = layout.context * layout.tensor
+    shared = share_out(sizes, spread, fixed, layout.stage_ranks, layout.sharding, inner, layout.expert)
+    fullest = int((shared.dense + shared.experts).argmax())
+    return Owned(int(shared.dense[fullest]), int(shared.experts[fullest]))
 
 
 def replicated_in_tensor_group(model: ModelConfig, layout: Layout, stage: int) -> int:

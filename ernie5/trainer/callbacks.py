@@ -159,9 +159,13 @@ class Dashboards(TrainerCallback):
     def on_log(
         self, args: Ernie5TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        if self.writer is None or not self.trainer.interval.records:
+        if not self.trainer.interval.records:
             return
         means, load = self.trainer.interval.finish()
+        if load is not None and self.trainer.worker is not None:
+            load = self.trainer.worker.whole_load(load)
+        if self.writer is None:
+            return
         self._scalars(means, state.global_step)
         if load is not None:
             self._load(load, state.global_step)

@@ -109,10 +109,6 @@ def test_a_value_below_its_bound_is_named(name):
         ({"parallel.context": 5}, "context x tensor = 5 does not divide model.max_sequence_length = 256"),
         ({"parallel.dispatcher": "mail"}, "parallel.dispatcher = 'mail' is unknown"),
         ({"parallel.dispatcher": "local", "parallel.expert": 2}, "dispatcher = 'local' with parallel.expert = 2"),
-        (
-            {"parallel.sharding_stage": 2, "parallel.pipeline": 2, "trainer.gradient_accumulation": 2},
-            "parallel.sharding_stage = 2 with a pipeline",
-        ),
     ],
 )
 def test_contradictions_are_spelled_out(changes, wanted):

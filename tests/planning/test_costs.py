@@ -40,6 +40,12 @@ def test_gradients_of_two_replicas():
     assert sent(plan_of(2, sharding=2), "ZeRO gather") == plan.stages[0].held.total * 2 / 2
 
 
+def test_stage_two_reduces_to_owners_in_every_micro_batch():
+    """Each of two ranks sends half of its gradients to the other owner, twice; nothing is left to sum."""
+    plan = plan_of(2, accumulation=2, sharding=2, sharding_stage=2)
+    assert sent(plan, "gradients") == 2 * plan.stages[0].held.total * 2 / 2
+
+
 def test_sequence_parallelism_gathers_and_scatters_six_times_a_pass():
     """q, k, v, shared expert gathered, two scatters; forward and backward; two at the embedding, two at the head."""
     count = 6 * 2 * 6 + 2 + 2

@@ -104,3 +104,19 @@ def test_trillion_keeps_the_reports_recipe():
     tokens = [make_plan("x", config, machine, 768).tokens for config in parts]
     assert tokens == pytest.approx([56e6] * 3, rel=0.02)
     assert parts[0].trainer.gradient_accumulation * 16 * 8192 == pytest.approx(14e6, rel=0.02)
+
+
+def test_trillion_fits_smaller_devices_twice_as_many_as_it_says():
+    path = FOLDER / "ernie5_trillion.yaml"
+    text = path.read_text(encoding="utf-8").replace("\n# ", " ")
+    (said,) = re.findall(r"With (\d+) devices and half the accumulation .* take ([\d., and]+) GB of 80", text)
+    needed = []
+    for part in statements(path):
+        config = load_config(path, overrides(part.start))
+        config.trainer.gradient_accumulation //= 2
+        config.trainer.batch_ramp = [[step, count // 2] for step, count in config.trainer.batch_ramp]
+        plan = make_plan(path.stem, config, load_machine("h800"), int(said[0]))
+        assert plan.fits and plan.limit == 80 and plan.tokens == pytest.approx(56e6, rel=0.02)
+        needed.append(f"{plan.needed(plan.fullest.memory):.1f}")
+    assert needed == re.findall(r"[\d.]+\d", said[1])
+    assert f"({', '.join(needed[:2])} and {needed[2]} GB)" in (FOLDER / "README.md").read_text(encoding="utf-8")

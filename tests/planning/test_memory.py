@@ -100,14 +100,39 @@ def test_parts_put_together_are_the_model(name):
     assert sum(math.prod(shape) * parts[n] for n, shape in seen.items()) == num_params(model).total
 
 
-def test_zero_gives_each_rank_about_its_share_and_leaves_spread_experts_alone():
-    model = model_preset("nano")
-    layout = Layout.of(ParallelConfig(sharding=4), 4)
+@pytest.mark.parametrize(
+    ("degrees", "world", "replicas"),
+    [
+        ({"sharding": 4}, 4, 4),
+        ({"sharding": 4, "expert": 2}, 4, 2),
+        ({"sharding": 2, "expert": 2}, 8, 4),  # further replicas along the data axis
+        ({"sharding": 4, "expert": 4}, 4, 1),
+    ],
+)
+def test_zero_gives_each_rank_about_its_share(degrees, world, replicas):
+    """Of routed experts, of all that ranks hold the same; where each is held once nothing is divided."""
+    model, layout = model_preset("nano"), Layout.of(ParallelConfig(**degrees), world)
     held, owned = held_by_stage(model, layout, 0), owned_by_stage(model, layout, 0)
-    assert owned.experts == 0 and held.total / 4 <= owned.total < held.total / 4 * 1.1
-    spread = Layout.of(ParallelConfig(sharding=4, expert=4), 4)
-    held, owned = held_by_stage(model, spread, 0), owned_by_stage(model, spread, 0)
-    assert owned.experts == held.experts and held.dense / 4 <= owned.dense < held.dense
+    share = held.dense / layout.sharding + held.experts / replicas
+    assert share <= owned.total < share * 1.1
+    if replicas == 1:
+        assert owned.experts == held.experts
+
+
+@pytest.mark.parametrize("degrees", [{}, {"pipeline": 2}], ids=str)
+def test_stage_two_needs_less_than_stage_one_in_a_pipeline_too(degrees):
+    """By the gradients that the rank does not own, but for those of the heads and of one block."""
+    first, second = (
+        memory(
+            config_of(rows=1, accumulation=4, parallel=ParallelConfig(sharding=4, sharding_stage=stage, **degrees)),
+            stage=degrees.get("pipeline", 1) - 1,
+        )
+        for stage in (1, 2)
+    )
+    saved = first.peak().total - second.peak().total
+    others = (first.held.total - first.owned.total) * 4
+    outside = (first.held.total - first.blocks * first.block.total) * 4
+    assert others - outside - 2 * first.block.total * 4 <= saved <= others
 
 
 def test_skew_reaches_every_token_of_the_group_and_no_more():
