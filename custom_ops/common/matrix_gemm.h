@@ -159,10 +159,10 @@ constexpr int64_t kRowsAtOnce = 512, kColumnsAtOnce = 512;
 template <class T>
 constexpr int64_t kDepthAtOnce = std::is_same_v<T, float> ? 128 : 512;
 
-// Rows [m0, m1) and columns [n0, n1) of C.
+// Rows [m0, m1) and columns [n0, n1) of C, written past the caches if `through`.
 template <class T>
 void block_product(Form form, Rows<T> a, Rows<T> b, int64_t m0, int64_t m1, int64_t n0, int64_t n1, int64_t K, T* c,
-                   int64_t ldc) {
+                   int64_t ldc, bool through) {
   constexpr int parts = kParts<T>;
   constexpr int64_t depth_most = kDepthAtOnce<T>;
   const int64_t rows = m1 - m0, columns = n1 - n0, down = round_up(rows, 32), across = round_up(columns, 32);
@@ -187,7 +187,7 @@ void block_product(Form form, Rows<T> a, Rows<T> b, int64_t m0, int64_t m1, int6
   for (int64_t i = 0; i < rows; ++i) {
     for (int64_t j = 0; j < columns; j += 16) {
       const float* from = sums + j / 32 * 32 * down + i / 32 * 1024 + i % 32 / 16 * 512 + j % 32 / 16 * 256 + i % 16 * 16;
-      put(c + (m0 + i) * ldc + n0 + j, load(from), std::min<int64_t>(16, columns - j));
+      put_through(c + (m0 + i) * ldc + n0 + j, load(from), std::min<int64_t>(16, columns - j), through);
     }
   }
 }
@@ -222,12 +222,34 @@ bool matrix_gemm([[maybe_unused]] Form form, [[maybe_unused]] int64_t M, [[maybe
   parallel_for(down * across, [&](int64_t task, int) {
     MatrixUnit unit;
     const int64_t m0 = task % down * height, n0 = task / down * width;
-    amx::block_product(form, a, b, m0, std::min(M, m0 + height), n0, std::min(N, n0 + width), K, c, ldc);
+    amx::block_product(form, a, b, m0, std::min(M, m0 + height), n0, std::min(N, n0 + width), K, c, ldc,
+                       false);
   });
   return true;
 #else
   return false;
 #endif
+}
+
+// The same for the calling thread alone, which holds `unit`: float products, none of whose sizes is small.
+template <class T>
+bool thread_gemm([[maybe_unused]] const MatrixUnit& unit, [[maybe_unused]] Form form, [[maybe_unused]] int64_t M,
+                 [[maybe_unused]] int64_t N, [[maybe_unused]] int64_t K, [[maybe_unused]] Rows<T> a,
+                 [[maybe_unused]] Rows<T> b, [[maybe_unused]] T* c, [[maybe_unused]] int64_t ldc,
+                 [[maybe_unused]] bool through) {
+#if defined(ERNIE5_AMX)
+  if constexpr (std::is_same_v<T, float>) {
+    constexpr int64_t kRows = amx::kRowsAtOnce, kColumns = amx::kColumnsAtOnce;
+    if (!unit.on || std::min({M, N, K}) < 64) return false;  // packing would cost more than is saved
+    for (int64_t m = 0; m < M; m += kRows) {
+      for (int64_t n = 0; n < N; n += kColumns) {
+        amx::block_product(form, a, b, m, std::min(M, m + kRows), n, std::min(N, n + kColumns), K, c, ldc, through);
+      }
+    }
+    return true;
+  }
+#endif
+  return false;
 }
 
 }  // namespace ernie5

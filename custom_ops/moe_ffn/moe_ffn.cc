@@ -2,7 +2,7 @@
 
 #include <vector>
 
-#include "common/gemm.h"
+#include "common/matrix_gemm.h"
 
 namespace ernie5 {
 namespace {
@@ -147,6 +147,10 @@ void forward_task(const Layer<T>& layer, const Task& task, Ahead& ahead, const M
       store(reinterpret_cast<T*>(active) + i * padding + round_up(width, kPanel), f32x16{});
     }
   }
+  if (thread_gemm(unit, Form::NN, count, dim, width, Rows<T>{reinterpret_cast<const T*>(active), padding},
+                  layer.down_of(task.expert), out, dim, through)) {
+    return;
+  }
   Right<T> down = pack_right(layer.down_of(task.expert), width, dim, scratch<Unit<T>, 1>(right_size<T>(width, dim)));
   for (int64_t j = 0; j < dim; j += 2 * kPanel) {
     const int64_t first = std::min(kPanel, dim - j), second = std::min(kPanel, dim - j - first);
@@ -262,11 +266,15 @@ void backward_input(const Layer<T>& layer, const Gradients<T>& grads, const Task
                     const MatrixUnit& unit, const Halfway<T>& half) {
   const int64_t count = task.end - task.begin, dim = layer.dim, both = 2 * layer.width;
   const bool through = layer.through();
+  T* out = grads.rows + task.begin * dim;
+  if (thread_gemm(unit, Form::NT, count, dim, both, Rows<T>{half.grad_hidden, half.grad_stride},
+                  layer.gate_up_of(task.expert), out, dim, through)) {
+    return;
+  }
   Right<T> gate_up = pack_right_transposed(layer.gate_up_of(task.expert), both, dim,
                                            scratch<Unit<T>, 1>(right_size<T>(both, dim)));
   Left<T> left = pack_left(Rows<T>{half.grad_hidden, half.grad_stride}, count, both,
                            scratch<Unit<T>, 2>(left_size<T>(count, both)));
-  T* out = grads.rows + task.begin * dim;
   for (int64_t j = 0; j < dim; j += 2 * kPanel) {
     const int64_t first = std::min(kPanel, dim - j), second = std::min(kPanel, dim - j - first);
     const Unit<T>* b0 = gate_up[j / kPanel];
@@ -280,8 +288,11 @@ void backward_input(const Layer<T>& layer, const Gradients<T>& grads, const Task
 
 // out [M,N] = a^T b over `count` rows, all of them at once: the weight gradient of an expert with few rows.
 template <class T>
-void small_gradient(const MatrixUnit& unit, Ahead& ahead, Left<T> a, int64_t M, Right<T> b, int64_t N, int64_t count,
-                    bool through, T* out) {
+void small_gradient(const MatrixUnit& unit, Ahead& ahead, Rows<T> a_rows, int64_t M, Rows<T> b_rows, int64_t N,
+                    int64_t count, bool through, T* out) {
+  if (thread_gemm(unit, Form::TN, M, N, count, a_rows, b_rows, out, N, through)) return;
+  Left<T> a = pack_left_columns(a_rows, count, M, scratch<Unit<T>, 2>(left_columns_size<T>(count, M)));
+  Right<T> b = pack_right(b_rows, count, N, scratch<Unit<T>, 1>(right_size<T>(count, N)));
   constexpr int64_t kStrip = 96;  // the strip of `a` stays in the first-level cache while the panels of b pass
   for (int64_t m = 0; m < M; m += kStrip) {
     for (int64_t j = 0; j < N; j += 2 * kPanel) {
@@ -314,15 +325,11 @@ void backward_whole(const Layer<T>& layer, const Gradients<T>& grads, const Task
   Halfway<T> half{scratch<T, 4>(count * grad_stride), scratch<T, 5>(count * active_stride), grad_stride, active_stride};
   backward_activation(layer, grads, task, ahead, unit, dy, half);
   Rows<T> dy_packed{reinterpret_cast<const T*>(dy.data), dy.row * kPerUnit<T>};
-  Left<T> active = pack_left_columns(Rows<T>{half.active, active_stride}, count, width,
-                                     scratch<Unit<T>, 2>(left_columns_size<T>(count, width)));
-  Right<T> right = pack_right(dy_packed, count, dim, scratch<Unit<T>, 1>(right_size<T>(count, dim)));
-  small_gradient(unit, ahead, active, width, right, dim, count, layer.through(), grad_down);
+  small_gradient(unit, ahead, Rows<T>{half.active, active_stride}, width, dy_packed, dim, count, layer.through(),
+                 grad_down);
   backward_input(layer, grads, task, ahead, unit, half);
-  Left<T> x = pack_left_columns(x_rows, count, dim, scratch<Unit<T>, 0>(left_columns_size<T>(count, dim)));
-  right = pack_right(Rows<T>{half.grad_hidden, grad_stride}, count, 2 * width,
-                     scratch<Unit<T>, 1>(right_size<T>(count, 2 * width)));
-  small_gradient(unit, ahead, x, dim, right, 2 * width, count, layer.through(), grad_gate_up);
+  small_gradient(unit, ahead, x_rows, dim, Rows<T>{half.grad_hidden, grad_stride}, 2 * width, count, layer.through(),
+                 grad_gate_up);
 }
 
 // grad_hidden and active of split experts, in the tensor `work`.
