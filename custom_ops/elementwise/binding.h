@@ -54,11 +54,14 @@ inline std::vector<Tensor> fork_grad(const paddle::optional<Tensor>& a, const pa
 inline std::vector<Shape> fork_shapes(const Shape& x) { return {x, x, x}; }
 inline std::vector<DataType> fork_types(const DataType& x) { return {x, x, x}; }
 
-inline std::vector<Tensor> add(const Tensor& x, const Tensor& y) { return {sum_of({&x, &y})}; }
-// Two tensors, since Paddle may accumulate into either in place.
-inline std::vector<Tensor> add_grad(const Tensor& grad) { return {sum_of({&grad}), sum_of({&grad})}; }
-inline std::vector<Shape> add_shapes(const Shape& x, const Shape& /*y*/) { return {x}; }
-inline std::vector<DataType> add_types(const DataType& x, const DataType& /*y*/) { return {x}; }
+inline std::vector<Tensor> add(const Tensor& x, const Tensor& y, bool /*alone*/) { return {sum_of({&x, &y})}; }
+// Two copies, since Paddle may accumulate into either in place; but not where nothing else reads x and y (`alone`).
+inline std::vector<Tensor> add_grad(const Tensor& grad, bool alone) {
+  if (alone) return {grad, grad};
+  return {sum_of({&grad}), sum_of({&grad})};
+}
+inline std::vector<Shape> add_shapes(const Shape& x, const Shape& /*y*/, bool) { return {x}; }
+inline std::vector<DataType> add_types(const DataType& x, const DataType& /*y*/, bool) { return {x}; }
 
 inline DataType other(DataType type) { return type == DataType::FLOAT32 ? DataType::BFLOAT16 : DataType::FLOAT32; }
 
@@ -92,6 +95,7 @@ PD_BUILD_GRAD_OP(ernie5_fork)
 PD_BUILD_OP(ernie5_add)
     .Inputs({"x", "y"})
     .Outputs({"out"})
+    .Attrs({"alone: bool"})
     .SetKernelFn(PD_KERNEL(ernie5::elementwise_binding::add))
     .SetInferShapeFn(PD_INFER_SHAPE(ernie5::elementwise_binding::add_shapes))
     .SetInferDtypeFn(PD_INFER_DTYPE(ernie5::elementwise_binding::add_types));
@@ -99,6 +103,7 @@ PD_BUILD_OP(ernie5_add)
 PD_BUILD_GRAD_OP(ernie5_add)
     .Inputs({paddle::Grad("out")})
     .Outputs({paddle::Grad("x"), paddle::Grad("y")})
+    .Attrs({"alone: bool"})
     .SetKernelFn(PD_KERNEL(ernie5::elementwise_binding::add_grad));
 
 PD_BUILD_OP(ernie5_cast)

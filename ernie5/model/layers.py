@@ -82,9 +82,8 @@ class Attention(nn.Layer):
         cache: LayerCache | None = None,
     ) -> paddle.Tensor:
         batch, length, _ = rope.cos.shape
-        q, k, v = (
-            project(part) for project, part in zip((self.q_proj, self.k_proj, self.v_proj), fork(x, 3), strict=True)
-        )
+        read = fork(x, 3)
+        q, k, v = self.q_proj(read[0]), self.k_proj(read[1]), self.v_proj(read[2])
         if x.ndim == 2:
             q, k = q.reshape([batch, length, -1]), k.reshape([batch, length, -1])
         q, k = uni_rope(q, k, rope)
@@ -147,7 +146,7 @@ class Experts(nn.Layer):
         if shared is None:
             return self.routed(x, routing)
         x, again = fork(x, 2)
-        return add(self.routed(x, routing), shared(again))
+        return add(self.routed(x, routing), shared(again), alone=True)
 
     def routed(self, x: paddle.Tensor, routing: Routing) -> paddle.Tensor:
         if not (self.training and 0 < self.sub_batch < x.shape[0]):
@@ -208,7 +207,7 @@ class Block(nn.Layer):
     ) -> paddle.Tensor:
         read, x = fork(x, 2)
         normed, x = self.moe_norm.add(self.attention(self.attention_norm(read), rope, mask, cache), x)
-        return add(x, self.moe(normed, valid))
+        return add(x, self.moe(normed, valid), alone=True)
 
 
 @paddle.no_grad()

@@ -11,10 +11,13 @@ import paddle
 from ernie5.ops import kernels
 
 
-def add(x: paddle.Tensor, y: paddle.Tensor) -> paddle.Tensor:
-    """x + y of one shape and dtype. Paddle's ``+`` has no bfloat16 kernel on the CPU, its sum of a list has."""
+def add(x: paddle.Tensor, y: paddle.Tensor, alone: bool = False) -> paddle.Tensor:
+    """x + y of one shape and dtype. Paddle's ``+`` has no bfloat16 kernel on the CPU, its sum of a list has.
+
+    ``alone``: nothing else reads x or y, so that their gradients may be one piece of memory.
+    """
     if kernels.serves("add", x, y):
-        return kernels.call("add", [x, y])
+        return kernels.call("add", [x, y], [alone])
     return paddle.add_n([x, y]) if x.dtype == paddle.bfloat16 else x + y
 
 
