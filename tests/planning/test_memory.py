@@ -163,7 +163,7 @@ def test_pipeline_holds_a_micro_batch_for_each_stage_behind():
         ({"expert": 2}, 4, lambda held: max(held.dense, held.experts)),  # one group after the other
         ({"sharding": 2}, 2, lambda held: 0),  # reduced in place, each parameter onto its owner
     ],
-    ids=str,
+    ids=["alone", "dp2", "ep2", "dp2.ep2", "zero2"],
 )
 def test_gradients_are_joined_for_one_group_at_a_time(degrees, world, wanted):
     planned = memory(config_of(parallel=ParallelConfig(**degrees)), world)
