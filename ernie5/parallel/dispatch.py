@@ -103,10 +103,11 @@ class AllToAll:
         plan = _Plan(routing, gate_up.shape[0], self.group, chunks=0)
         (sent,), (received,) = plan.sent, plan.received
         experts = exchange.start(plan.experts, sent, received, self.group, "experts")
-        weights = exchange.exchange(_ToRows.apply(routing.weights, plan), sent, received, self.group)
-        rows = exchange.exchange(_ToRows.apply(x, plan), sent, received, self.group)
+        sources = (There.apply(plan.to_rows, plan.to_tokens, source) for source in (routing.weights, x))
+        weights, rows = (exchange.exchange(source, sent, received, self.group) for source in sources)
         rows = compute_experts(rows, weights, experts.wait(), gate_up, down)
-        y = _ToTokens.apply(exchange.exchange(rows, received, sent, self.group), plan)
+        rows = exchange.exchange(rows, received, sent, self.group)
+        y = There.apply(plan.to_tokens, plan.to_rows, rows)
         return y if shared is None else add(y, shared(x))
 
 
@@ -141,7 +142,7 @@ class _Plan:
     """The rows of this rank's tokens, sorted by part, then by the rank they go to, then by token.
 
     With ``chunks`` = 0 there is one part. Else part 0 are the tokens' rows for this rank itself, which need no
-    exchange, and parts 1 .. chunks those for the others, cut by token.
+    exchange, and parts 1 .. chunks those for the others, cut by token (``chunk_of``).
     ``token`` int64 [S]: a row's token; ``slot`` int64 [T*m]: the rows of a token, by rank, S where it has fewer than
     m = min(K, N); ``experts`` int32 [S,K]: the row's experts as the rank it goes to counts them, -1 for the others;
     ``sent`` and ``received``: for each part the rows to and from every rank.
@@ -158,7 +159,7 @@ class _Plan:
         position = (np.cumsum(wanted[:ranks], axis=0) - 1)[rank, token]
         part = np.zeros_like(token)
         if chunks > 0:
-            part = np.where(rank == group.rank, 0, 1 + token * chunks // max(self.tokens, 1))
+            part = np.where(rank == group.rank, 0, 1 + chunk_of(token, self.tokens, chunks))
         sort = np.argsort(part, kind="stable")
         rank, token, part, position = rank[sort], token[sort], part[sort], position[sort]
         self.width = min(top_k, ranks)
@@ -181,35 +182,34 @@ class _Plan:
             return paddle.empty([0, *x.shape[1:]], dtype=x.dtype)
         return paddle.gather(x, self.token)
 
-    def to_tokens(self, rows: paddle.Tensor) -> paddle.Tensor:
-        """rows [S,...] -> [T,...], the sum of each token's rows in the order of the ranks."""
+    def to_tokens(self, *parts: paddle.Tensor) -> paddle.Tensor:
+        """The rows [S,...] of all parts -> [T,...], the sum of each token's rows in the order of the ranks."""
+        shape, dtype = parts[0].shape[1:], parts[0].dtype
         if not len(self.slot):
-            return paddle.empty([0, *rows.shape[1:]], dtype=rows.dtype)
-        zero = paddle.zeros([1, *rows.shape[1:]], dtype=rows.dtype)
-        picked = paddle.gather(paddle.concat([rows, zero]), self.slot)
-        return picked.reshape([self.tokens, self.width, *rows.shape[1:]]).sum(1)
+            return paddle.empty([0, *shape], dtype=dtype)
+        picked = paddle.gather(paddle.concat([*parts, paddle.zeros([1, *shape], dtype=dtype)]), self.slot)
+        return picked.reshape([self.tokens, self.width, *shape]).sum(1)
 
 
-class _ToRows(PyLayer):
-    @staticmethod
-    def forward(ctx: PyLayerContext, x: paddle.Tensor, plan: _Plan):
-        ctx.plan = plan
-        return plan.to_rows(x)
+def chunk_of(token: np.ndarray, tokens: int, chunks: int) -> np.ndarray:
+    """Which of the ``chunks``, counted from 0, each token is in. The first and the last are half as large.
 
-    @staticmethod
-    def backward(ctx: PyLayerContext, grad: paddle.Tensor):
-        return ctx.plan.to_tokens(grad)
+    Nothing may be at hand to compute while the first travels there, nor while the last travels back.
+    """
+    return (2 * token * (chunks - 1) + tokens) // max(2 * tokens, 1)
 
 
-class _ToTokens(PyLayer):
-    @staticmethod
-    def forward(ctx: PyLayerContext, rows: paddle.Tensor, plan: _Plan):
-        ctx.plan = plan
-        return plan.to_tokens(rows)
+class There(PyLayer):
+    """``there(*tensors)``, a linear map; ``back`` is its transpose, the way that gradients take."""
 
     @staticmethod
-    def backward(ctx: PyLayerContext, grad: paddle.Tensor):
-        return ctx.plan.to_rows(grad)
+    def forward(ctx: PyLayerContext, there: Callable, back: Callable, *tensors: paddle.Tensor):
+        ctx.back = back
+        return there(*tensors)
+
+    @staticmethod
+    def backward(ctx: PyLayerContext, *grads: paddle.Tensor):
+        return ctx.back(*grads)
 
 
 def compute_experts(
@@ -289,7 +289,7 @@ class _Work:
         if self.shared is not None:
             self.dense = _Graph(self.shared, [_leaf(x, x)], "shared", self.grad)
         results += [flight.wait() for flight in going]
-        routed = plan.to_tokens(paddle.concat(results))
+        routed = plan.to_tokens(*results)
         return routed if self.dense is None else add(routed, self.dense.value)
 
     def compute(
@@ -326,7 +326,7 @@ class _Work:
         return _gradient(graph.inputs[0]), _gradient(graph.inputs[1])
 
     def collect(self, own: paddle.Tensor | None, others: list[InFlight | None]) -> paddle.Tensor | None:
-        return None if own is None else self.plan.to_tokens(paddle.concat([own, *(flight.wait() for flight in others)]))
+        return None if own is None else self.plan.to_tokens(own, *(flight.wait() for flight in others))
 
 
 class _Overlap(PyLayer):
