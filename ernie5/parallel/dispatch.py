@@ -114,9 +114,9 @@ class AllToAll:
 class Overlapped:
     """The same in parts, moved while others are computed, in both directions of the pass.
 
-    Forward: the rows of all chunks leave at once; this rank's own tokens for its own experts are computed while the
-    first arrives; each chunk goes back as soon as it is computed, the last one behind the shared expert. Backward the
-    same, with gradients. On the CPU two threads of the group move the rows, on a GPU a stream of NCCL's.
+    Forward: the rows of all chunks leave at once; the shared expert is computed while the first arrives; each chunk is
+    sent back as soon as it is computed, the last ones behind this rank's own tokens for its own experts. Backward the
+    same, with gradients. On the CPU threads of the group move the rows, on a GPU a stream of NCCL's.
     """
 
     def __init__(self, group: Group, chunks: int = 4) -> None:
@@ -257,7 +257,7 @@ class _Work:
 
     def __init__(self, plan: _Plan, group: Group, shared: Shared | None, grad: bool) -> None:
         self.plan, self.group, self.shared, self.grad = plan, group, shared, grad
-        self.graphs: list[_Graph] = []  # by part
+        self.graphs: dict[int, _Graph] = {}  # by part
         self.dense: _Graph | None = None
 
     def dispatch(self, tensor: paddle.Tensor, part: int, label: str) -> InFlight:
@@ -281,15 +281,14 @@ class _Work:
         self.gate_up, self.down = _leaf(gate_up, gate_up), _leaf(down, down)
         sources = plan.to_rows(x), plan.to_rows(weights), plan.experts
         coming = [[self.dispatch(t, part, "dispatch") for t in reversed(sources)] for part in self.remote]
-        results = [self.compute(0, [plan.part(t, 0) for t in sources], x, weights)]
+        if self.shared is not None:
+            self.dense = _Graph(self.shared, [_leaf(x, x)], "shared", self.grad)
         going = []
         for part, parts in zip(self.remote, coming, strict=True):
             experts, row_weights, rows = (flight.wait() for flight in parts)
             going.append(self.combine(self.compute(part, [rows, row_weights, experts], x, weights), part, "combine"))
-        if self.shared is not None:
-            self.dense = _Graph(self.shared, [_leaf(x, x)], "shared", self.grad)
-        results += [flight.wait() for flight in going]
-        routed = plan.to_tokens(*results)
+        own = self.compute(0, [plan.part(t, 0) for t in sources], x, weights)
+        routed = plan.to_tokens(own, *(flight.wait() for flight in going))
         return routed if self.dense is None else add(routed, self.dense.value)
 
     def compute(
@@ -297,35 +296,33 @@ class _Work:
     ) -> paddle.Tensor:
         rows, row_weights, experts = arrived
         inputs = [_leaf(rows, x), _leaf(row_weights, weights), experts, self.gate_up, self.down]
-        self.graphs.append(_Graph(compute_experts, inputs, f"experts {part}", self.grad))
-        return self.graphs[-1].value
+        self.graphs[part] = _Graph(compute_experts, inputs, f"experts {part}", self.grad)
+        return self.graphs[part].value
 
     def backward(self, grad: paddle.Tensor) -> tuple[paddle.Tensor | None, ...]:
         """Gradients of x, weights, gate_up and down, None where none is wanted."""
         plan = self.plan
         grads = plan.to_rows(grad)
         coming = [self.dispatch(grads, part, "dispatch") for part in self.remote]
-        rows, row_weights = self.run_backward(0, plan.part(grads, 0))
+        if self.dense is not None:
+            self.dense.backward(grad)
         going = []
         for part, flight in zip(self.remote, coming, strict=True):
             results = self.run_backward(part, flight.wait())
             going.append([None if t is None else self.combine(t, part, "combine") for t in results])
-        if self.dense is not None:
-            self.dense.backward(grad)
-        x = self.collect(rows, [flight for flight, _ in going])
-        weights = self.collect(row_weights, [flight for _, flight in going])
+        own = self.run_backward(0, plan.part(grads, 0))
+        x, weights = (self.collect(*parts) for parts in zip(own, *going, strict=True))
         if x is not None and self.dense is not None:
             x = add(x, _gradient(self.dense.inputs[0]))
         return x, weights, _gradient(self.gate_up), _gradient(self.down)
 
     def run_backward(self, part: int, grad: paddle.Tensor) -> tuple[paddle.Tensor | None, paddle.Tensor | None]:
         """Gradients of the part's rows and of their weights."""
-        graph = self.graphs[part]
+        graph = self.graphs.pop(part)
         graph.backward(grad)
-        self.graphs[part] = None
         return _gradient(graph.inputs[0]), _gradient(graph.inputs[1])
 
-    def collect(self, own: paddle.Tensor | None, others: list[InFlight | None]) -> paddle.Tensor | None:
+    def collect(self, own: paddle.Tensor | None, *others: InFlight | None) -> paddle.Tensor | None:
         return None if own is None else self.plan.to_tokens(own, *(flight.wait() for flight in others))
 
 
