@@ -1,12 +1,13 @@
 """How much of expert parallelism's communication is hidden behind computing (figure ``hidden_fraction``). Needs root.
 
 Every rank is a process on one thread in a network namespace of its own, joined to the others by a link of limited rate
-(veth pairs, a bridge, `tc ... tbf` at both ends). Unless --rate says otherwise, the rate is set so that the rows of the
-forward take as long as its computing; the backward moves as much and computes twice as long. Measured, in turns, are
-steps (forward and backward of routed and shared experts)
+(veth pairs, a bridge, `tc ... tbf` at both ends). Unless --rate says otherwise, the rate is set so that communication
+takes as long as computing. Measured, in turns, are steps (forward and backward of the model's mixture of experts:
+router, routed and shared experts)
   compute     of ``all_to_all`` with what was received before at hand, so that nothing waits;
   all_to_all  of the dispatcher that exchanges, computes and exchanges;
-  overlapped  of the one that does both at once.
+  overlapped  of the one that does both at once;
+  chunks      of the latter with what was received before at hand: what computing in parts costs by itself.
 hidden_fraction = (all_to_all - overlapped) / (all_to_all - compute). Before, the numbers of both are compared.
 The namespaces have no names: they are gone with the processes, however these end.
 
@@ -26,6 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,21 +41,23 @@ import ernie5  # noqa: E402, F401  before paddle: it settles what Paddle reads w
 from benchmarks import common  # noqa: E402
 
 INSIDE = "ERNIE5_OVERLAP_NAMESPACE"  # set in the process that owns the switch's namespace
-MODES = ("compute", "all_to_all", "overlapped")
+MODES = ("compute", "all_to_all", "overlapped", "chunks")
+REPLAYED = {"compute": "all_to_all", "chunks": "overlapped"}  # modes without communication, and of which dispatcher
 NETWORK = "10.55.0"
 PORT = 23456
 BURST = "128kb"
 QUEUE = "4mb"  # what a link holds back before it drops: more than there ever is, see OUTPUT_BYTES
 OUTPUT_BYTES = 131072  # what a TCP connection puts into its link's queue
 PARTS_DEATH = 1  # PR_SET_PDEATHSIG
-ALLOWED = 1e-5  # relative difference of weight gradients, which are summed in another order
+EXACT = ("y", "dx", "d router.weight")  # the same bits from both dispatchers
+ALLOWED = 1e-5  # relative difference of the other gradients, which are summed in another order
 
 
 # ---------------------------------------------------------------------------------------------------------- one rank
 
 
 class Rank:
-    """A layer of stacked experts, and how to step through it in each mode."""
+    """The model's mixture of experts, and how to step through it in each mode."""
 
     def __init__(self, options: dict[str, Any]) -> None:
         import paddle
@@ -70,52 +74,56 @@ class Rank:
         if not kernels.available("exchange_start"):
             raise RuntimeError(f"the kernels are not compiled: {kernels.library().problem}")
         self.dispatchers = {"all_to_all": AllToAll(self.group), "overlapped": Overlapped(self.group, options["chunks"])}
-        self.dispatchers["compute"] = self.dispatchers["all_to_all"]
+        self.dispatchers |= {mode: self.dispatchers[of] for mode, of in REPLAYED.items()}
+        self.replays: dict[str, _Replay] = {}
         self._build(options)
-        self.replay = _Replay(self.all_to_all_once)
+        for mode, of in REPLAYED.items():
+            self.replays[mode] = _Replay(partial(self.step, of))
         prefer_other_threads()
 
     def _build(self, options: dict[str, Any]) -> None:
         paddle = self.paddle
-        from ernie5.ops.route import Routing, permutation
+        from ernie5.model import Ernie5Config
+        from ernie5.model.layers import MoE
+        from ernie5.parallel.layers import SplitExperts
 
-        tokens, hidden, width = options["tokens"], options["hidden"], options["width"]
-        experts, top_k, local = options["experts"], options["top_k"], options["experts"] // self.ranks
+        shape = {
+            "hidden_size": options["hidden"],
+            "num_experts": options["experts"],
+            "experts_per_token": options["top_k"],
+            "expert_intermediate_size": options["width"],
+            "shared_expert_intermediate_size": options["shared"],
+        }
+        paddle.seed(1)  # every rank has the same router and the same shared expert
+        self.moe = MoE(Ernie5Config(**shape))
+        shape["num_experts"] = options["experts"] // self.ranks
+        self.moe.experts = SplitExperts(Ernie5Config(**shape), self.dispatchers["all_to_all"])
         rng = np.random.default_rng(self.rank)
-
-        def leaf(*shape: int, scale: float = 1.0) -> paddle.Tensor:
-            tensor = paddle.to_tensor(rng.standard_normal(shape, dtype=np.float32) * np.float32(scale))
-            tensor.stop_gradient = False
-            return tensor
-
-        self.x, self.dy = leaf(tokens, hidden), paddle.to_tensor(rng.standard_normal([tokens, hidden], np.float32))
-        self.weights = paddle.to_tensor(rng.random([tokens, top_k], np.float32), stop_gradient=False)
-        chosen = np.argsort(rng.random([tokens, experts]), axis=1)[:, :top_k].astype(np.int32)
-        chosen = paddle.to_tensor(np.ascontiguousarray(chosen))
-        self.routing = Routing(chosen, self.weights, *permutation(chosen, experts))
-        self.parameters = [leaf(local, hidden, 2 * width, scale=0.02), leaf(local, width, hidden, scale=0.02)]
-        self.shared = [leaf(hidden, 2 * options["shared"], scale=0.02), leaf(options["shared"], hidden, scale=0.02)]
-
-    def forward(self, mode: str) -> None:
-        from ernie5.ops.experts import dense_ffn
-
-        shared = lambda x: dense_ffn(x, *self.shared)  # noqa: E731
-        self.y = self.dispatchers[mode](self.x, self.routing, *self.parameters, shared)
+        rows = rng.standard_normal([2, options["tokens"], options["hidden"]], dtype=np.float32)
+        self.x, self.dy = map(paddle.to_tensor, rows)
+        self.x.stop_gradient = False
+        self.valid = paddle.ones([options["tokens"]], dtype="bool")
 
     def step(self, mode: str) -> None:
-        for tensor in (self.x, self.weights, *self.parameters, *self.shared):
+        self.moe.experts.dispatcher = self.dispatchers[mode]
+        for tensor in (self.x, *self.moe.parameters()):
             tensor.clear_gradient(False)
-        with self.replay if mode == "compute" else contextlib.nullcontext():
-            self.forward(mode)
+        with self.replays.get(mode, contextlib.nullcontext()):
+            self.y = self.moe(self.x, self.valid)
             self.y.backward(self.dy)
 
-    def all_to_all_once(self) -> None:
-        self.step("all_to_all")
+    def meet(self) -> None:
+        """Waits for all ranks, by the threads that communicate.
+
+        In ``dist.barrier`` this one, while it holds a lock of gloo's, may be displaced by the thread that waits for it.
+        """
+        from ernie5.parallel import exchange
+
+        exchange.counts(np.zeros([self.ranks], np.int64), self.group)
 
     def outputs(self) -> dict[str, np.ndarray]:
-        names = ("dx", "dweights", "dgate_up", "ddown", "dshared_gate_up", "dshared_down")
-        tensors = (self.x, self.weights, *self.parameters, *self.shared)
-        return {"y": self.y.numpy()} | {name: t.grad.numpy() for name, t in zip(names, tensors, strict=True)}
+        gradients = {f"d {name}": parameter.grad for name, parameter in self.moe.named_parameters()}
+        return {name: tensor.numpy() for name, tensor in {"y": self.y, "dx": self.x.grad, **gradients}.items()}
 
     # what the parent asks
 
@@ -133,19 +141,12 @@ class Rank:
 
     def sent_bytes(self) -> int:
         """What a step sends to other ranks."""
-        return self.replay.sent_bytes
-
-    def forward_seconds(self) -> float:
-        """Computing of the forward alone."""
-        began = time.monotonic()
-        with self.replay:
-            self.forward("compute")
-        return time.monotonic() - began
+        return self.replays["compute"].sent_bytes
 
     def time(self, mode: str, count: int) -> list[float]:
         seconds = []
         for _ in range(count):
-            self.dist.barrier(self.group)
+            self.meet()
             began = time.monotonic()
             self.step(mode)
             seconds.append(time.monotonic() - began)
@@ -154,7 +155,7 @@ class Rank:
     def timeline(self, mode: str) -> dict[str, Any]:
         from ernie5.parallel.exchange import timeline
 
-        self.dist.barrier(self.group)
+        self.meet()
         timeline.spans = []
         began = time.monotonic_ns()
         self.step(mode)
@@ -333,6 +334,10 @@ class Network:
             node.send(method, **arguments)
         return [node.answer() for node in self.nodes]
 
+    def shape(self, mbit: float) -> None:
+        for node in self.nodes:
+            node.shape(mbit)
+
     def seconds(self, mode: str, count: int) -> list[float]:
         """Of each step, what the slowest rank needed."""
         return [max(step) for step in zip(*self.ask("time", mode=mode, count=count), strict=True)]
@@ -341,21 +346,28 @@ class Network:
 # ------------------------------------------------------------------------------------------------------- measurement
 
 
+def find_rate(network: Network) -> float:
+    """Mbit/s at which what ``all_to_all`` waits takes as long as its computing."""
+    common.progress("choosing the rate")
+    compute = statistics.median(network.seconds("compute", 3))
+    mbit = 8e-6 * max(network.ask("sent_bytes")) / compute
+    network.shape(mbit)
+    return mbit * (statistics.median(network.seconds("all_to_all", 3)) / compute - 1)
+
+
 def measure(network: Network, options: argparse.Namespace) -> tuple[dict[str, list[float]], float, dict[str, float]]:
     """(seconds of each mode's steps, rate of the links in Mbit/s, largest differences between the dispatchers)."""
     common.progress("comparing the dispatchers")
     differences = network.ask("check")
     largest = {name: max(one[name] for one in differences) for name in differences[0]}
-    if max(largest.values()) > ALLOWED or any(largest[name] for name in ("y", "dx", "dweights")):
+    if max(largest.values()) > ALLOWED or any(largest[name] for name in EXACT):
         raise SystemExit(f"overlap: the dispatchers disagree: {largest}")
-    forward = statistics.median(max(network.ask("forward_seconds")) for _ in range(3))
-    mbit = options.rate or 8e-6 * max(network.ask("sent_bytes")) / 2 / forward
-    for node in network.nodes:
-        node.shape(mbit)
+    mbit = options.rate or find_rate(network)
+    network.shape(mbit)
     times: dict[str, list[float]] = {mode: [] for mode in MODES}
     for number in range(options.rounds + 1):
         common.progress(f"round {number} of {options.rounds}, {mbit:.0f} Mbit/s")
-        for mode in MODES[number % 3 :] + MODES[: number % 3]:
+        for mode in MODES[number % 4 :] + MODES[: number % 4]:
             seconds = network.seconds(mode, 1)
             times[mode] += seconds if number else []  # the first round warms up
     return times, mbit, largest
@@ -370,7 +382,7 @@ def draw(network: Network, path: str, title: str) -> None:
 
     colours = {"compute": "tab:blue", "wait": "tab:red", "send": "tab:green", "receive": "tab:olive"}
     figure, axes = pyplot.subplots(2, 1, figsize=(14, 2 + 1.6 * len(network.nodes)), sharex=True)
-    for axis, mode in zip(axes, MODES[1:], strict=True):
+    for axis, mode in zip(axes, MODES[1:3], strict=True):
         steps = network.ask("timeline", mode=mode)
         first = min(step["began"] for step in steps)
         longest = max(step["ended"] for step in steps) - first
@@ -403,10 +415,12 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--json", metavar="PATH", help='write {"figures": {name: number}, ...}')
     found.add_argument("--append", action="store_true", help="append what was measured to benchmarks/RESULTS.md")
     found.add_argument("--picture", metavar="PATH", help="draw what ran when (PNG)")
-    found.add_argument("--rounds", type=int, default=7, help="timed steps of every mode (default 7)")
+    found.add_argument("--rounds", type=int, default=5, help="timed steps of every mode (default 5)")
     found.add_argument("--ranks", type=int, default=2, choices=(2, 3, 4))
-    found.add_argument("--rate", type=float, help="of each link, Mbit/s (default: rows take as long as computing)")
-    sizes = {"tokens": 2048, "hidden": 512, "width": 512, "shared": 512, "experts": 8, "top_k": 2, "chunks": 4}
+    found.add_argument(
+        "--rate", type=float, help="of each link, Mbit/s (default: communication takes as long as computing)"
+    )
+    sizes = {"tokens": 3072, "hidden": 512, "width": 1024, "shared": 1024, "experts": 8, "top_k": 2, "chunks": 4}
     for name, value in sizes.items():
         found.add_argument(f"--{name.replace('_', '-')}", type=int, default=value, help=f"default {value}")
     found.set_defaults(realtime=False)

@@ -1,5 +1,7 @@
 #include "exchange/exchange.h"
 
+#include <algorithm>
+#include <chrono>
 #include <ctime>
 #include <exception>
 #include <thread>
@@ -10,7 +12,11 @@ namespace {
 
 // Above what the group's own collectives count from zero, in the upper half of gloo's 32 bits; wraps around there.
 constexpr uint32_t kFirstTag = 0x80000000u;
-constexpr int kSenders = 2, kReceivers = 4;
+constexpr int kSenders = 2, kReceivers = 16;
+// What a receiving thread needs, at most, from `Exchange::receiving` until its word is on the way: gloo does not tell.
+// Long pieces let it pass; behind shorter ones it loses no more than that.
+constexpr std::chrono::microseconds kWord{100};
+constexpr int64_t kLong = 1 << 16;
 
 }  // namespace
 
@@ -24,6 +30,17 @@ std::string Exchange::wait() {
   std::unique_lock<std::mutex> lock(mutex_);
   changed_.wait(lock, [this] { return unfinished_ == 0; });
   return error_;
+}
+
+void Exchange::receiving() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  ++receiving_;
+  changed_.notify_all();
+}
+
+void Exchange::wait_for_receivers(int64_t count) {
+  std::unique_lock<std::mutex> lock(mutex_);
+  changed_.wait(lock, [&] { return receiving_ >= count; });
 }
 
 void Exchange::finished(bool sending, int64_t began, const std::string& error) {
@@ -49,22 +66,28 @@ Channel::Channel(Move send, Move receive) {
 std::shared_ptr<Exchange> Channel::start(const std::vector<Piece>& sends, const std::vector<Piece>& receives,
                                          std::shared_ptr<void> keep) {
   auto exchange = std::make_shared<Exchange>();
-  for (const auto* pieces : {&sends, &receives}) {
-    for (const Piece& piece : *pieces) exchange->unfinished_ += piece.bytes > 0;
-  }
+  auto full = [](const Piece& piece) { return piece.bytes > 0; };
+  const int64_t incoming = std::count_if(receives.begin(), receives.end(), full);
+  exchange->unfinished_ = incoming + std::count_if(sends.begin(), sends.end(), full);
   if (exchange->unfinished_ > 0) exchange->keep_ = std::move(keep);
   exchange->tag_ = kFirstTag | count_++;
   exchange->times_.started = now_ns();
-  put(receive_, receives, exchange);
-  put(send_, sends, exchange);
+  std::vector<Job> in, out;
+  for (size_t step = 0; step < sends.size(); ++step) {
+    // No more receivers than there will be once all earlier steps, of all ranks, are done.
+    const int64_t receivers = std::min(incoming, static_cast<int64_t>(in.size()) + kReceivers);
+    if (full(sends[step])) out.push_back({exchange, sends[step], receivers});
+    if (full(receives[step])) in.push_back({exchange, receives[step], 0});
+  }
+  put(receive_, in);
+  put(send_, out);
   return exchange;
 }
 
-void Channel::put(Direction& direction, const std::vector<Piece>& pieces, const std::shared_ptr<Exchange>& exchange) {
+void Channel::put(Direction& direction, const std::vector<Job>& jobs) {
   std::lock_guard<std::mutex> lock(direction.mutex);
-  for (const Piece& piece : pieces) {
-    if (piece.bytes == 0) continue;
-    direction.queue.push_back({exchange, piece});
+  for (const Job& job : jobs) {
+    direction.queue.push_back(job);
     direction.filled.notify_one();
   }
 }
@@ -79,6 +102,12 @@ void Channel::run(Direction& direction) {
       job = std::move(direction.queue.front());
       direction.queue.pop_front();
       error = direction.broken;
+    }
+    if (direction.sending) {
+      job.exchange->wait_for_receivers(job.receivers);
+      if (job.receivers > 0 && job.piece.bytes > kLong) std::this_thread::sleep_for(kWord);
+    } else {
+      job.exchange->receiving();
     }
     const int64_t began = now_ns();
     if (error.empty()) {

@@ -3,8 +3,9 @@
 // A Channel has threads that send and threads that receive, so that a full-duplex link is used both ways. Each kind
 // takes the pieces of all exchanges in the order they were started and listed. When every rank starts the same
 // exchanges, and lists at step s what goes to rank + s and what comes from rank - s, the oldest piece that has not
-// arrived anywhere is always in hand on both its sides: no rank waits for one that waits for it. Several receiving
-// threads tell their peers early that there is room; the word would else queue behind the rows going the same way.
+// arrived anywhere is always in hand on both its sides: no rank waits for one that waits for it. A receiving thread
+// tells its peer that there is room. The word must not queue behind rows going the same way, or the link would be used
+// one way after the other: many threads receive, and a piece is sent only when they are at what its exchange receives.
 #pragma once
 
 #include <condition_variable>
@@ -42,6 +43,8 @@ class Exchange {
  private:
   friend class Channel;
 
+  void receiving();
+  void wait_for_receivers(int64_t count);
   void finished(bool sending, int64_t began, const std::string& error);
 
   std::shared_ptr<void> keep_;  // owns the memory of the pieces
@@ -49,7 +52,7 @@ class Exchange {
   Times times_;
   std::mutex mutex_;
   std::condition_variable changed_;
-  int64_t unfinished_ = 0;  // pieces
+  int64_t unfinished_ = 0, receiving_ = 0;  // pieces: not yet moved; to receive, already in a thread's hands
   std::string error_;
 };
 
@@ -58,7 +61,7 @@ class Channel {
  public:
   Channel(Move send, Move receive);
 
-  // Empty pieces are skipped, on both sides alike. `keep` is held until the end.
+  // As many sends as receives, by step; empty pieces are skipped, on both sides alike. `keep` is held until the end.
   std::shared_ptr<Exchange> start(const std::vector<Piece>& sends, const std::vector<Piece>& receives,
                                   std::shared_ptr<void> keep);
 
@@ -66,6 +69,7 @@ class Channel {
   struct Job {
     std::shared_ptr<Exchange> exchange;
     Piece piece;
+    int64_t receivers;  // how many of the exchange's pieces must be in receiving threads' hands before this is sent
   };
   struct Direction {
     Move move;
@@ -77,7 +81,7 @@ class Channel {
   };
 
   static void run(Direction& direction);
-  static void put(Direction& direction, const std::vector<Piece>& pieces, const std::shared_ptr<Exchange>& exchange);
+  static void put(Direction& direction, const std::vector<Job>& jobs);
 
   Direction send_, receive_;
   uint32_t count_ = 0;

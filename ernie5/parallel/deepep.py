@@ -10,12 +10,11 @@ from __future__ import annotations
 from typing import Any
 
 import paddle
-from paddle.autograd import PyLayer, PyLayerContext
 from paddle.distributed.communication.group import Group
 
 from ernie5.ops.elementwise import add
 from ernie5.ops.route import Routing
-from ernie5.parallel.dispatch import Shared, compute_experts
+from ernie5.parallel.dispatch import Shared, There, compute_experts
 
 INSTEAD = "choose all_to_all_overlapped, or all_to_all"
 
@@ -43,9 +42,9 @@ class DeepEP:
         if x.dtype != paddle.bfloat16:
             raise ValueError(f"expert dispatcher 'deepep' moves bfloat16, and the tokens are {x.dtype}; {INSTEAD}")
         trip = _Trip(self._buffer(x.shape[1]), routing)
-        rows, weights = _There.apply(x, routing.weights, trip)
+        rows, weights = There.apply(trip.there, trip.back, x, routing.weights)
         rows = compute_experts(rows, weights, trip.experts, gate_up, down)
-        y = _Back.apply(rows, trip)
+        y = There.apply(trip.back, trip.there_again, rows)
         return y if shared is None else add(y, shared(x))
 
     def _buffer(self, hidden: int) -> Any:
@@ -85,27 +84,9 @@ class _Trip:
     def there_again(self, x: paddle.Tensor) -> paddle.Tensor:
         return self.buffer.dispatch(x, handle=self.handle)[0]
 
-    def back(self, rows: paddle.Tensor, weights: paddle.Tensor | None = None) -> tuple:
-        return self.buffer.combine(rows.contiguous(), self.handle, topk_weights=weights)[:2]
-
-
-class _There(PyLayer):
-    @staticmethod
-    def forward(ctx: PyLayerContext, x: paddle.Tensor, weights: paddle.Tensor, trip: _Trip):
-        ctx.trip = trip
-        return trip.there(x, weights)
-
-    @staticmethod
-    def backward(ctx: PyLayerContext, grad_rows: paddle.Tensor, grad_weights: paddle.Tensor):
-        return ctx.trip.back(grad_rows, grad_weights)
-
-
-class _Back(PyLayer):
-    @staticmethod
-    def forward(ctx: PyLayerContext, rows: paddle.Tensor, trip: _Trip):
-        ctx.trip = trip
-        return trip.back(rows)[0]
-
-    @staticmethod
-    def backward(ctx: PyLayerContext, grad: paddle.Tensor):
-        return ctx.trip.there_again(grad)
+    def back(
+        self, rows: paddle.Tensor, weights: paddle.Tensor | None = None
+    ) -> paddle.Tensor | tuple[paddle.Tensor, paddle.Tensor]:
+        """The rows' sum by token, and where ``weights`` are given theirs."""
+        sums = self.buffer.combine(rows.contiguous(), self.handle, topk_weights=weights)
+        return sums[0] if weights is None else sums[:2]

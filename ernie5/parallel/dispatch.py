@@ -103,19 +103,20 @@ class AllToAll:
         plan = _Plan(routing, gate_up.shape[0], self.group, chunks=0)
         (sent,), (received,) = plan.sent, plan.received
         experts = exchange.start(plan.experts, sent, received, self.group, "experts")
-        weights = exchange.exchange(_ToRows.apply(routing.weights, plan), sent, received, self.group)
-        rows = exchange.exchange(_ToRows.apply(x, plan), sent, received, self.group)
+        sources = (There.apply(plan.to_rows, plan.to_tokens, source) for source in (routing.weights, x))
+        weights, rows = (exchange.exchange(source, sent, received, self.group) for source in sources)
         rows = compute_experts(rows, weights, experts.wait(), gate_up, down)
-        y = _ToTokens.apply(exchange.exchange(rows, received, sent, self.group), plan)
+        rows = exchange.exchange(rows, received, sent, self.group)
+        y = There.apply(plan.to_tokens, plan.to_rows, rows)
         return y if shared is None else add(y, shared(x))
 
 
 class Overlapped:
     """The same in parts, moved while others are computed, in both directions of the pass.
 
-    Forward: the rows of all chunks leave at once; this rank's own tokens for its own experts are computed while the
-    first arrives; each chunk goes back as soon as it is computed, the last one behind the shared expert. Backward the
-    same, with gradients. On the CPU two threads of the group move the rows, on a GPU a stream of NCCL's.
+    Forward: the rows of all chunks leave at once; the shared expert is computed while the first arrives; each chunk is
+    sent back as soon as it is computed, the last ones behind this rank's own tokens for its own experts. Backward the
+    same, with gradients. On the CPU threads of the group move the rows, on a GPU a stream of NCCL's.
     """
 
     def __init__(self, group: Group, chunks: int = 4) -> None:
@@ -141,7 +142,7 @@ class _Plan:
     """The rows of this rank's tokens, sorted by part, then by the rank they go to, then by token.
 
     With ``chunks`` = 0 there is one part. Else part 0 are the tokens' rows for this rank itself, which need no
-    exchange, and parts 1 .. chunks those for the others, cut by token.
+    exchange, and parts 1 .. chunks those for the others, cut by token (``chunk_of``).
     ``token`` int64 [S]: a row's token; ``slot`` int64 [T*m]: the rows of a token, by rank, S where it has fewer than
     m = min(K, N); ``experts`` int32 [S,K]: the row's experts as the rank it goes to counts them, -1 for the others;
     ``sent`` and ``received``: for each part the rows to and from every rank.
@@ -158,7 +159,7 @@ class _Plan:
         position = (np.cumsum(wanted[:ranks], axis=0) - 1)[rank, token]
         part = np.zeros_like(token)
         if chunks > 0:
-            part = np.where(rank == group.rank, 0, 1 + token * chunks // max(self.tokens, 1))
+            part = np.where(rank == group.rank, 0, 1 + chunk_of(token, self.tokens, chunks))
         sort = np.argsort(part, kind="stable")
         rank, token, part, position = rank[sort], token[sort], part[sort], position[sort]
         self.width = min(top_k, ranks)
@@ -181,35 +182,34 @@ class _Plan:
             return paddle.empty([0, *x.shape[1:]], dtype=x.dtype)
         return paddle.gather(x, self.token)
 
-    def to_tokens(self, rows: paddle.Tensor) -> paddle.Tensor:
-        """rows [S,...] -> [T,...], the sum of each token's rows in the order of the ranks."""
+    def to_tokens(self, *parts: paddle.Tensor) -> paddle.Tensor:
+        """The rows [S,...] of all parts -> [T,...], the sum of each token's rows in the order of the ranks."""
+        shape, dtype = parts[0].shape[1:], parts[0].dtype
         if not len(self.slot):
-            return paddle.empty([0, *rows.shape[1:]], dtype=rows.dtype)
-        zero = paddle.zeros([1, *rows.shape[1:]], dtype=rows.dtype)
-        picked = paddle.gather(paddle.concat([rows, zero]), self.slot)
-        return picked.reshape([self.tokens, self.width, *rows.shape[1:]]).sum(1)
+            return paddle.empty([0, *shape], dtype=dtype)
+        picked = paddle.gather(paddle.concat([*parts, paddle.zeros([1, *shape], dtype=dtype)]), self.slot)
+        return picked.reshape([self.tokens, self.width, *shape]).sum(1)
 
 
-class _ToRows(PyLayer):
-    @staticmethod
-    def forward(ctx: PyLayerContext, x: paddle.Tensor, plan: _Plan):
-        ctx.plan = plan
-        return plan.to_rows(x)
+def chunk_of(token: np.ndarray, tokens: int, chunks: int) -> np.ndarray:
+    """Which of the ``chunks``, counted from 0, each token is in. The first and the last are half as large.
 
-    @staticmethod
-    def backward(ctx: PyLayerContext, grad: paddle.Tensor):
-        return ctx.plan.to_tokens(grad)
+    Nothing may be at hand to compute while the first travels there, nor while the last travels back.
+    """
+    return (2 * token * (chunks - 1) + tokens) // max(2 * tokens, 1)
 
 
-class _ToTokens(PyLayer):
-    @staticmethod
-    def forward(ctx: PyLayerContext, rows: paddle.Tensor, plan: _Plan):
-        ctx.plan = plan
-        return plan.to_tokens(rows)
+class There(PyLayer):
+    """``there(*tensors)``, a linear map; ``back`` is its transpose, the way that gradients take."""
 
     @staticmethod
-    def backward(ctx: PyLayerContext, grad: paddle.Tensor):
-        return ctx.plan.to_rows(grad)
+    def forward(ctx: PyLayerContext, there: Callable, back: Callable, *tensors: paddle.Tensor):
+        ctx.back = back
+        return there(*tensors)
+
+    @staticmethod
+    def backward(ctx: PyLayerContext, *grads: paddle.Tensor):
+        return ctx.back(*grads)
 
 
 def compute_experts(
@@ -257,7 +257,7 @@ class _Work:
 
     def __init__(self, plan: _Plan, group: Group, shared: Shared | None, grad: bool) -> None:
         self.plan, self.group, self.shared, self.grad = plan, group, shared, grad
-        self.graphs: list[_Graph] = []  # by part
+        self.graphs: dict[int, _Graph] = {}  # by part
         self.dense: _Graph | None = None
 
     def dispatch(self, tensor: paddle.Tensor, part: int, label: str) -> InFlight:
@@ -281,15 +281,14 @@ class _Work:
         self.gate_up, self.down = _leaf(gate_up, gate_up), _leaf(down, down)
         sources = plan.to_rows(x), plan.to_rows(weights), plan.experts
         coming = [[self.dispatch(t, part, "dispatch") for t in reversed(sources)] for part in self.remote]
-        results = [self.compute(0, [plan.part(t, 0) for t in sources], x, weights)]
+        if self.shared is not None:
+            self.dense = _Graph(self.shared, [_leaf(x, x)], "shared", self.grad)
         going = []
         for part, parts in zip(self.remote, coming, strict=True):
             experts, row_weights, rows = (flight.wait() for flight in parts)
             going.append(self.combine(self.compute(part, [rows, row_weights, experts], x, weights), part, "combine"))
-        if self.shared is not None:
-            self.dense = _Graph(self.shared, [_leaf(x, x)], "shared", self.grad)
-        results += [flight.wait() for flight in going]
-        routed = plan.to_tokens(paddle.concat(results))
+        own = self.compute(0, [plan.part(t, 0) for t in sources], x, weights)
+        routed = plan.to_tokens(own, *(flight.wait() for flight in going))
         return routed if self.dense is None else add(routed, self.dense.value)
 
     def compute(
@@ -297,36 +296,34 @@ class _Work:
     ) -> paddle.Tensor:
         rows, row_weights, experts = arrived
         inputs = [_leaf(rows, x), _leaf(row_weights, weights), experts, self.gate_up, self.down]
-        self.graphs.append(_Graph(compute_experts, inputs, f"experts {part}", self.grad))
-        return self.graphs[-1].value
+        self.graphs[part] = _Graph(compute_experts, inputs, f"experts {part}", self.grad)
+        return self.graphs[part].value
 
     def backward(self, grad: paddle.Tensor) -> tuple[paddle.Tensor | None, ...]:
         """Gradients of x, weights, gate_up and down, None where none is wanted."""
         plan = self.plan
         grads = plan.to_rows(grad)
         coming = [self.dispatch(grads, part, "dispatch") for part in self.remote]
-        rows, row_weights = self.run_backward(0, plan.part(grads, 0))
+        if self.dense is not None:
+            self.dense.backward(grad)
         going = []
         for part, flight in zip(self.remote, coming, strict=True):
             results = self.run_backward(part, flight.wait())
             going.append([None if t is None else self.combine(t, part, "combine") for t in results])
-        if self.dense is not None:
-            self.dense.backward(grad)
-        x = self.collect(rows, [flight for flight, _ in going])
-        weights = self.collect(row_weights, [flight for _, flight in going])
+        own = self.run_backward(0, plan.part(grads, 0))
+        x, weights = (self.collect(*parts) for parts in zip(own, *going, strict=True))
         if x is not None and self.dense is not None:
             x = add(x, _gradient(self.dense.inputs[0]))
         return x, weights, _gradient(self.gate_up), _gradient(self.down)
 
     def run_backward(self, part: int, grad: paddle.Tensor) -> tuple[paddle.Tensor | None, paddle.Tensor | None]:
         """Gradients of the part's rows and of their weights."""
-        graph = self.graphs[part]
+        graph = self.graphs.pop(part)
         graph.backward(grad)
-        self.graphs[part] = None
         return _gradient(graph.inputs[0]), _gradient(graph.inputs[1])
 
-    def collect(self, own: paddle.Tensor | None, others: list[InFlight | None]) -> paddle.Tensor | None:
-        return None if own is None else self.plan.to_tokens(paddle.concat([own, *(flight.wait() for flight in others)]))
+    def collect(self, own: paddle.Tensor | None, *others: InFlight | None) -> paddle.Tensor | None:
+        return None if own is None else self.plan.to_tokens(own, *(flight.wait() for flight in others))
 
 
 class _Overlap(PyLayer):

@@ -14,7 +14,8 @@ import numpy as np
 import ernie5  # noqa: F401  before paddle: it settles what Paddle reads when imported
 
 EXPERTS, HIDDEN, WIDTH, TOP_K = 12, 16, 24, 3
-DISPATCHERS = ("all_to_all", "all_to_all_overlapped")
+OVERLAPPED = {"overlapped, 1 chunk": 1, "overlapped, 3 chunks": 3, "overlapped, 8 chunks": 8}
+DISPATCHERS = ("all_to_all", *OVERLAPPED)
 
 
 def _random(rng: np.random.Generator, tokens: int, top_k: int = TOP_K) -> np.ndarray:
@@ -132,10 +133,12 @@ def main() -> None:
     group = dist.collective._get_default_group()
     local = slice(rank * EXPERTS // ranks, (rank + 1) * EXPERTS // ranks)
     found = {}
+    dispatchers = {"all_to_all": make_dispatcher("all_to_all", group)}
+    dispatchers |= {name: make_dispatcher("all_to_all_overlapped", group, n) for name, n in OVERLAPPED.items()}
     for case in CASES:
-        for name in DISPATCHERS:
+        for name, dispatcher in dispatchers.items():
             for turn in range(2):  # a second turn must say the same, bit for bit
-                out = run_case(make_dispatcher(name, group, chunks=3), case_inputs(case, rank, ranks), local, dtype)
+                out = run_case(dispatcher, case_inputs(case, rank, ranks), local, dtype)
                 found |= {f"{case}/{name}/{turn}/{key}": value for key, value in out.items()}
     np.savez(folder / f"rank{rank}.npz", **found)
 

@@ -32,7 +32,23 @@ def rows_of(source: int, target: int, count: int, width: list[int]) -> np.ndarra
     return (np.arange(count * size) % 3 + 8 * source + 32 * target).reshape([count, *width])
 
 
+def check_many_in_flight() -> None:
+    """More exchanges at once than threads, of every kind, waited for from the last to the first."""
+    group = dist.collective._get_default_group()
+    rank, ranks = group.rank, group.nranks
+    flights = []
+    for number in range(40):
+        matrix = counts(("uneven", "all to the last", "none")[number % 3], ranks) * (1 + 300 * (number % 2))
+        sent, received = matrix[rank].tolist(), matrix[:, rank].tolist()
+        rows = paddle.full([sum(sent), 64], 100.0 * number + rank)
+        expected = np.repeat(100.0 * number + np.arange(ranks), received)
+        flights.append((exchange.start(rows, sent, received, group), expected))
+    for flight, expected in reversed(flights):
+        assert np.array_equal(flight.wait().numpy(), np.repeat(expected[:, None], 64, axis=1))
+
+
 def check_rows() -> None:
+    check_many_in_flight()
     group = dist.collective._get_default_group()
     rank, ranks = group.rank, group.nranks
     for kind in ("uneven", "all to the last", "none"):

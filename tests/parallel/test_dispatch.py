@@ -11,7 +11,7 @@ import paddle
 import pytest
 
 from ernie5.ops import kernels
-from ernie5.parallel.dispatch import Local, make_dispatcher
+from ernie5.parallel.dispatch import Local, chunk_of, make_dispatcher
 from ernie5.parallel.launch import launch
 from tests.parallel import dispatch_worker as worker
 
@@ -82,13 +82,22 @@ def test_a_second_time_is_the_same_bit_for_bit(results, setting, case):
 
 @pytest.mark.dist
 @pytest.mark.parametrize("case", worker.CASES)
+@pytest.mark.parametrize("overlapped", worker.OVERLAPPED)
 @pytest.mark.parametrize("setting", [name for name in SETTINGS if "float32" in name])
-def test_overlapping_changes_no_bit_of_what_a_token_sees(results, setting, case):
+def test_overlapping_changes_no_bit_of_what_a_token_sees(results, setting, overlapped, case):
     """Weight gradients are sums over chunks and so differ by rounding; outputs and gradients of tokens do not."""
     for found in results(setting):
         for name in ("y", "dx", "dweights"):
-            plain, overlapped = (found[f"{case}/{dispatcher}/0/{name}"] for dispatcher in worker.DISPATCHERS)
-            np.testing.assert_array_equal(plain, overlapped, err_msg=name)
+            plain, parts = (found[f"{case}/{dispatcher}/0/{name}"] for dispatcher in ("all_to_all", overlapped))
+            np.testing.assert_array_equal(plain, parts, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "chunks", "sizes"),
+    [(24, 4, [4, 8, 8, 4]), (8, 3, [2, 4, 2]), (7, 2, [4, 3]), (5, 1, [5]), (2, 8, [1, 0, 0, 0, 1]), (0, 3, [])],
+)
+def test_the_first_and_the_last_chunk_are_half_as_large(tokens, chunks, sizes):
+    assert np.bincount(chunk_of(np.arange(tokens), tokens, chunks)).tolist() == sizes
 
 
 @pytest.mark.parametrize(
