@@ -104,8 +104,9 @@ def _import_quietly(module: str) -> Any:
     handlers, level = list(root.handlers), root.level
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        imported = importlib.import_module(module)
         logger = importlib.import_module("paddlenlp.utils.log").logger
+        logger.logger.setLevel("ERROR")
+        imported = importlib.import_module(module)
     root.handlers[:] = handlers  # a dependency calls logging.basicConfig, which would print every library's log
     root.setLevel(level)
     logger.logger.setLevel(os.environ.get("PADDLENLP_LOG_LEVEL", "WARNING"))
