@@ -394,7 +394,7 @@ def draw(network: Network, path: str, title: str) -> None:
                 place = ((began - first) * 1e-6, (ended - began) * 1e-6)
                 edge = "white" if label else "none"
                 axis.broken_barh([place], (-row - 0.9, 0.8), facecolor=colours[lane], edgecolor=edge, linewidth=0.6)
-                wide = len(label) * longest * 1e-6 / 170  # of the label, about
+                wide = len(label) * longest * 1e-6 / 140  # of the label, about
                 if lane != "wait" and wide < place[1] and place[0] >= written.get(row, 0):
                     axis.text(place[0] + 1, -row - 0.5, label, fontsize=6, va="center", color="white", clip_on=True)
                     written[row] = place[0] + wide
