@@ -64,9 +64,11 @@ class Rank:
         import paddle.distributed as dist
 
         from ernie5.ops import kernels
+        from ernie5.parallel import leaving
         from ernie5.parallel.dispatch import AllToAll, Overlapped
 
         paddle.set_device("cpu")
+        leaving.prepare()
         dist.init_parallel_env()
         self.paddle, self.dist = paddle, dist
         self.group = dist.collective._get_default_group()

@@ -226,6 +226,9 @@ def measure_link() -> dict[str, float]:
     import paddle
     import paddle.distributed as dist
 
+    from ernie5.parallel import leaving
+
+    leaving.prepare()
     dist.init_parallel_env()
     long, short = paddle.ones([LINK_BYTES // 4]), paddle.ones([1])
 

@@ -33,7 +33,7 @@ from paddle.distributed.communication import stream
 from paddle.distributed.communication.group import Group
 from paddle.distributed.fleet.layers.mpu import mp_ops
 
-from ernie5.parallel import patience
+from ernie5.parallel import leaving, patience
 
 TESTED = ("3.3.1",)
 SECONDS_TO_CONNECT = 120
@@ -54,6 +54,7 @@ def install() -> None:
     mp_ops._c_lookup_table = _c_lookup_table
     mp_ops._c_softmax_with_cross_entropy = _c_softmax_with_cross_entropy
     dist.ParallelEnv._device_id = 0
+    leaving.prepare()
 
 
 def _new_process_group_with_store(

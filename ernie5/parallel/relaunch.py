@@ -52,6 +52,7 @@ class Attempt(CollectiveController):
         super().__init__(context)
         self.codes: list[int | None] = []
         self.begins: list[int] = []  # where the attempt begins in each log
+        self.told_to_end = 0  # exit code that a signal to the launcher asks for
 
     def deploy_pod(self) -> None:
         self.begins = [os.path.getsize(c.outfile) if os.path.exists(c.outfile) else 0 for c in self.pod.containers]
@@ -62,15 +63,21 @@ class Attempt(CollectiveController):
         leave = None
         while True:
             self.codes = [one.exit_code for one in self.pod.containers]
-            self.pod.logs()
+            self.show_logs()
             if leave is None and any(self.codes):
                 leave = time.monotonic() + LEAVE_SECONDS
             if None not in self.codes or (leave is not None and time.monotonic() > leave):
                 break
             time.sleep(POLL_SECONDS)
         self.kill()
-        self.pod.logs()
+        self.show_logs()
         return not any(code != 0 for code in self.codes)
+
+    def show_logs(self) -> None:
+        """What the first rank has written since; Paddle reads it and swallows every exception, SystemExit too."""
+        self.pod.logs()
+        if self.told_to_end:
+            sys.exit(self.told_to_end)
 
     def kill(self) -> None:
         """The ranks and whatever they started, running or stopped."""
@@ -82,8 +89,8 @@ class Attempt(CollectiveController):
         self.master.stop()
 
     def signal_handler(self, number: int, frame: FrameType | None) -> NoReturn:
-        self.kill()
-        sys.exit(128 + number)
+        self.told_to_end = 128 + number
+        sys.exit(self.told_to_end)
 
     def reasons(self) -> list[str]:
         """Why it failed, for a user who has seen the first rank's output: the line of a watchdog, or the last words."""
@@ -120,7 +127,10 @@ def run(what: Run, max_restarts: int) -> int:
     for attempt in range(max_restarts + 1):
         context.status, context.args.job_id = Status(), f"{job}.{attempt}"  # hosts of the same attempt meet
         began, trial = time.monotonic(), Attempt(context)
-        trial.run()
+        try:
+            trial.run()
+        finally:
+            trial.kill()
         if not any(code != 0 for code in trial.codes):
             return 0
         for line in trial.reasons():

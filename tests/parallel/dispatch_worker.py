@@ -124,10 +124,12 @@ def main() -> None:
     import paddle
     import paddle.distributed as dist
 
+    from ernie5.parallel import leaving
     from ernie5.parallel.dispatch import make_dispatcher
 
     folder, dtype = Path(sys.argv[1]), sys.argv[2]
     paddle.set_device("cpu")
+    leaving.prepare()
     dist.init_parallel_env()
     rank, ranks = dist.get_rank(), dist.get_world_size()
     group = dist.collective._get_default_group()

@@ -11,7 +11,7 @@ import paddle
 import paddle.distributed as dist
 
 from ernie5.ops import kernels
-from ernie5.parallel import exchange
+from ernie5.parallel import exchange, leaving
 
 DTYPES = ("float32", "float64", "bfloat16", "int32", "int64")
 WIDTHS = ([], [3], [2, 5])
@@ -93,5 +93,6 @@ def check_silence() -> None:
 
 if __name__ == "__main__":
     paddle.set_device("cpu")
+    leaving.prepare()
     dist.init_parallel_env()
     {"rows": check_rows, "silent": check_silence}[sys.argv[1]]()
