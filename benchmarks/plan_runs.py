@@ -35,10 +35,11 @@ class Run:
     model: dict[str, Any] = field(default_factory=dict)
     parallel: dict[str, Any] = field(default_factory=dict)
     processes: int = 1
+    bf16: bool = False
 
     def config(self) -> Config:
         model = replace(model_preset(self.preset), **SMALLER[self.preset], **self.model)
-        trainer = TrainerConfig(rows_per_step=self.rows, gradient_accumulation=self.accumulation)
+        trainer = TrainerConfig(rows_per_step=self.rows, gradient_accumulation=self.accumulation, bf16=self.bf16)
         return Config(model=model, trainer=trainer, parallel=ParallelConfig(**self.parallel))
 
     def plan(self) -> Plan:
@@ -54,11 +55,14 @@ RUNS = (
     Run("mini, 4 rows", "mini", 4),
     Run("mini, 4 rows, recompute", "mini", 4, model={"recompute": True}),
     Run("mini, 4 rows, recompute, sub-batches", "mini", 4, model={"recompute": True, "moe_sub_batch": 256}),
+    Run("nano, 32 rows, bfloat16", "nano", 32, bf16=True),
+    Run("mini, 4 rows, bfloat16", "mini", 4, bf16=True),
     Run("nano, dp2, 8 rows", "nano", 8, processes=2),
     Run("nano, tp2, 16 rows", "nano", 16, parallel={"tensor": 2}, processes=2),
     Run("nano, pp2, 4 x 8 rows", "nano", 8, 4, parallel={"pipeline": 2}, processes=2),
     Run("nano, ep2, 8 rows", "nano", 8, parallel={"expert": 2}, processes=2),
     Run("nano, zero1 x 2, 8 rows", "nano", 8, parallel={"sharding": 2}, processes=2),
+    Run("nano, zero1 x 2, 8 rows, bfloat16", "nano", 8, parallel={"sharding": 2}, processes=2, bf16=True),
     Run("nano, cp2, 16 rows", "nano", 16, parallel={"context": 2}, processes=2),
     Run("nano, tp2.pp2, 4 x 8 rows", "nano", 8, 4, parallel={"tensor": 2, "pipeline": 2}, processes=4),
     Run("mini, tp2, 4 rows", "mini", 4, parallel={"tensor": 2}, processes=2),
@@ -79,6 +83,8 @@ class SingleProcess:
 
         self.count = config.trainer.gradient_accumulation
         self.model = Ernie5ForCausalLM(Ernie5Config.from_model_config(config.model))
+        if config.trainer.bf16:
+            self.model.to_bfloat16()
         self.model.train()
         self.optimizer = optimizer_of(self.model)
         self.rows = packed_rows(config.model, config.trainer.rows_per_step * self.count, [0])
@@ -100,7 +106,7 @@ class OneOfSeveral:
         from ernie5.model import Ernie5Config
         from ernie5.parallel.worker import Worker
 
-        self.worker = Worker(Ernie5Config.from_model_config(config.model), config.parallel)
+        self.worker = Worker(Ernie5Config.from_model_config(config.model), config.parallel, bf16=config.trainer.bf16)
         self.model = self.worker.model
         self.model.train()
         self.optimizer = self.worker.optimizer(optimizer_of(self.model))

@@ -44,10 +44,12 @@ def pretrain(config: Config, choice: str = "auto") -> None:
     if layout.ranks > 1:
         from ernie5.parallel.worker import Worker
 
-        worker = Worker(shape, config.parallel, seed=config.trainer.seed)
+        worker = Worker(shape, config.parallel, config.trainer.seed, config.trainer.bf16)
         processes = worker.processes
     resume = processes.on_first(lambda: start(config, run_dir, choice))
     model = worker.model if worker else Ernie5ForCausalLM(shape, seed=config.trainer.seed)
+    if config.trainer.bf16 and not worker:
+        model.to_bfloat16()
     args = training_arguments(config, run_dir)
     trainer = Ernie5Trainer(model=model, args=args, train_dataset=dataset, worker=worker)
     processes.on_first(lambda: record_start(config, run_dir, trainer.shapes))

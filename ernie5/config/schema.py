@@ -140,6 +140,7 @@ class TrainerConfig:
     modality_weight_max: float = 2.0
     modality_weights: dict[str, float] = field(default_factory=dict)  # fixed factor on top, per text/image/video/audio
     bits_schedule: list[list[int]] = field(default_factory=list)  # [[step, bits], ...]: progressive vision-bit switch
+    bf16: bool = False  # weights and activations in bfloat16; masters and moments, and checkpoints, stay float32
     save_steps: int = 500
     async_save: bool = True  # write checkpoints while training goes on, from a copy in memory
     log_steps: int = 20

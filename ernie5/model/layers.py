@@ -221,4 +221,5 @@ def to_bfloat16(layer: nn.Layer, except_for: tuple[str, ...] = ()) -> None:
                 name, zeros = f"{parameter.name}.bfloat16", nn.initializer.Constant(0.0)
                 half = paddle.create_parameter(parameter.shape, "bfloat16", name, default_initializer=zeros)
                 half.set_value(parameter.astype("bfloat16"))
+                half.stop_gradient, half.is_distributed = parameter.stop_gradient, parameter.is_distributed
                 part._parameters[key] = half

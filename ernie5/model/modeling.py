@@ -107,7 +107,7 @@ class Ernie5ForCausalLM(Ernie5PretrainedModel):
         """Turns the blocks, the heads and the token table to bfloat16, in place, for compute at twice the rate or more.
 
         Routers stay in float32, and so do the small embeddings of pictures, codes and speakers. Call it before an
-        optimizer is built, which then needs ``multi_precision``.
+        optimizer is built, which then needs ``multi_precision`` (``Ernie5Trainer`` sees to that).
         """
         to_bfloat16(self, FLOAT32_PARTS)
 

@@ -7,6 +7,7 @@ parts of the same n*T tokens (sequence parallelism, arXiv 2205.05198); Fleet's l
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import paddle
 import paddle.distributed as dist
@@ -25,22 +26,35 @@ from ernie5.model.configuration import Ernie5Config
 from ernie5.model.heads import TextLosses, text_logits
 from ernie5.model.layers import Experts, SharedExpert
 from ernie5.model.losses import token_loss
+from ernie5.ops.elementwise import cast
 from ernie5.ops.experts import dense_ffn
+from ernie5.ops.linear import linear
 from ernie5.ops.route import Routing, permutation
 from ernie5.parallel.dispatch import Dispatcher
 from ernie5.sequence.vocabulary import IGNORE
 
 Function = Callable[[paddle.Tensor], paddle.Tensor]
+Layer = TypeVar("Layer", ColumnSequenceParallelLinear, RowSequenceParallelLinear)
 
 
 def column(inner: int, outer: int) -> ColumnSequenceParallelLinear:
     """[T,inner] -> [n*T,outer/n]."""
-    return ColumnSequenceParallelLinear(inner, outer, has_bias=False, gather_output=False)
+    return _with_our_product(ColumnSequenceParallelLinear(inner, outer, has_bias=False, gather_output=False))
 
 
 def row(inner: int, outer: int) -> RowSequenceParallelLinear:
     """[n*T,inner/n] -> [T,outer]."""
-    return RowSequenceParallelLinear(inner, outer, has_bias=False, input_is_parallel=True)
+    return _with_our_product(RowSequenceParallelLinear(inner, outer, has_bias=False, input_is_parallel=True))
+
+
+def _with_our_product(layer: Layer) -> Layer:
+    layer.linear = _product
+    return layer
+
+
+def _product(x: paddle.Tensor, weight: paddle.Tensor, bias: None = None, name: str | None = None) -> paddle.Tensor:
+    """As ``F.linear`` without a bias: Paddle has none of bfloat16 on the CPU, and is slower there in float32."""
+    return linear(x, weight)
 
 
 def all_gather(tensor: paddle.Tensor, group: Group) -> paddle.Tensor:
@@ -87,14 +101,21 @@ class SpreadTextLosses(TextLosses):
             longest = int(most)
         filled = paddle.arange(max(longest, 1))
         first, mine = paddle.clip(filled, max=count), paddle.arange(count)
-        zero = paddle.zeros([1, states.shape[1]], states.dtype)
-        states = paddle.concat([states, zero]).gather(first)
+        states = _followed_by_zeros(states).gather(first)
         labels = paddle.concat([labels, paddle.full([1], IGNORE, labels.dtype)]).gather(first)
         if self.group is None:
             return token_loss(text_logits(states, embedding), labels).gather(mine)
         logits = text_logits(AllGatherOp.apply(states), embedding)
+        if logits.dtype == paddle.bfloat16:  # exponents of so few digits would make the loss
+            logits = cast(logits, paddle.float32)
         losses = self.split_losses(logits, all_gather(labels, self.group))
         return ScatterOp.apply(losses.reshape([-1])).gather(mine)
+
+
+def _followed_by_zeros(rows: paddle.Tensor) -> paddle.Tensor:
+    """[N,D] -> [N+1,D]. By way of float32 from bfloat16, which Paddle's CPU kernels join without a gradient."""
+    wide = cast(rows, paddle.float32) if rows.dtype == paddle.bfloat16 else rows
+    return cast(paddle.concat([wide, paddle.zeros([1, rows.shape[1]], wide.dtype)]), rows.dtype)
 
 
 class SplitExperts(Experts):

@@ -84,7 +84,9 @@ class Pipeline:
     def _embed(self, _: paddle.Tensor) -> Carried:
         micro = self._next("embed")
         hidden = self.model.embed(micro.batch)
-        return hidden, hidden.flatten()[:1] * 0.0  # a sum without a term, but with a gradient
+        first = hidden.flatten()[:1]
+        wide = first.astype("float32") if first.dtype == paddle.bfloat16 else first
+        return hidden, wide * 0.0  # a sum without a term, but with a gradient
 
     def _block(self, i: int, carried: Carried) -> Carried:
         micro, sums = self._next(i), {}

@@ -26,9 +26,11 @@ from ernie5.parallel.topology import Topology
 class Worker:
     """``model`` is this rank's part, under the names of the whole; ``topology`` says where it stands."""
 
-    def __init__(self, config: Ernie5Config, parallel: ParallelConfig, seed: int = 0) -> None:
+    def __init__(self, config: Ernie5Config, parallel: ParallelConfig, seed: int = 0, bf16: bool = False) -> None:
         self.topology = Topology(parallel, config.num_layers, config.audio_levels)
         self.model, self.placements = local_model(config, self.topology, seed)
+        if bf16:
+            self.model.to_bfloat16()
         with paddle.LazyGuard():
             whole = Ernie5ForCausalLM(config)
         names = [name for name, _ in whole.named_parameters()]

@@ -6,13 +6,23 @@ Every file says in comments where each figure comes from. Sizes are decimal (1 G
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 
 from ernie5.config.strict_yaml import parse_yaml
 from ernie5.config.typing_rules import build
 
 MACHINES = Path(__file__).parent / "machines"
+ABOVE_ZERO = "devices_per_node", "memory", "float32_flops", "memory_bandwidth", "intra_bandwidth", "efficiency"
+AT_LEAST_ZERO = (
+    "bfloat16_flops",
+    "inter_bandwidth",
+    "latency",
+    "activation_passes",
+    "block_overhead",
+    "reserve",
+    "slack",
+)
 
 
 @dataclass(frozen=True)
@@ -41,8 +51,8 @@ class Machine:
     devices_per_node: int
     memory: float  # GB of one device; of the whole node where ``shared``
     shared: bool
-    precision: str  # float32 | bfloat16
-    flops: float  # TFLOP/s of one device, dense, in that precision
+    float32_flops: float  # TFLOP/s of one device, dense, with trainer.bf16 off
+    bfloat16_flops: float  # the same with it on; 0: unknown
     memory_bandwidth: float  # GB/s of one device
     intra_bandwidth: float  # GB/s one device sends within the node
     inter_bandwidth: float  # GB/s one device sends to other nodes; 0: it has no others
@@ -52,6 +62,18 @@ class Machine:
     block_overhead: float  # seconds of a block's forward pass that do not depend on its size; three times that in all
     reserve: float  # GB of each process that hold no tensor: libraries, contexts, communication buffers
     slack: float  # share of the tensors' memory that the allocator holds on top
+    precision: str = "float32"  # in which a plan has it compute; no key of the file
+
+    def computing_in(self, precision: str) -> Machine:
+        """The machine as a plan in this precision sees it; ``ValueError`` where its rate is unknown."""
+        found = replace(self, precision=precision)
+        if not found.flops > 0:
+            raise ValueError(f"machine '{self.name}' has no {precision}_flops; add them to its file")
+        return found
+
+    @property
+    def flops(self) -> float:
+        return self.bfloat16_flops if self.precision == "bfloat16" else self.float32_flops
 
     @property
     def bytes_of(self) -> Precision:
@@ -106,7 +128,8 @@ def load_machine(name: str | Path) -> Machine:
             f"machine '{name}' is unknown: {hint}there are {', '.join(machine_names())}; or give a file .yaml"
         )
     values = parse_yaml(path.read_text(encoding="utf-8"), str(path)) or {}
-    missing = [field.name for field in fields(Machine) if isinstance(values, dict) and field.name not in values]
+    keys = [field.name for field in fields(Machine) if field.default is MISSING]
+    missing = [key for key in keys if isinstance(values, dict) and key not in values]
     if missing:
         raise ValueError(f"{path}: key {missing[0]!r} is missing; compare {MACHINES / 'h100.yaml'}")
     machine = build(Machine, values, lambda _: str(path), "")
@@ -115,11 +138,9 @@ def load_machine(name: str | Path) -> Machine:
 
 
 def _check(machine: Machine, where: str) -> None:
-    if machine.precision not in PRECISIONS:
-        raise ValueError(f"{where}: precision is {machine.precision!r}; the planner knows {' and '.join(PRECISIONS)}")
-    for name in ("devices_per_node", "memory", "flops", "memory_bandwidth", "intra_bandwidth", "efficiency"):
+    for name in ABOVE_ZERO:
         if not getattr(machine, name) > 0:
             raise ValueError(f"{where}: {name} is {getattr(machine, name)}; it must be above 0")
-    for name in ("inter_bandwidth", "latency", "activation_passes", "block_overhead", "reserve", "slack"):
+    for name in AT_LEAST_ZERO:
         if getattr(machine, name) < 0:
             raise ValueError(f"{where}: {name} is {getattr(machine, name)}; it must be at least 0")

@@ -116,6 +116,7 @@ def make_plan(name: str, config: Config, machine: Machine, world: int = 0, quick
     Raises ``ValueError`` where the degrees do not divide ``world``, or a machine without a network gets several nodes.
     """
     layout = Layout.of(config.parallel, world)
+    machine = machine.computing_in("bfloat16" if config.trainer.bf16 else "float32")
     p = layout.pipeline
     chosen = sorted({0, min(1, p - 1), max(p - 2, 0), p - 1} if quick else range(p))
     stages = [_stage(config, layout, machine, stage) for stage in chosen]

@@ -62,6 +62,7 @@ def build_optimizer(
     weight_decay: float,
     clip: GuardedClip,
 ) -> paddle.optimizer.AdamW:
+    """For all that trains; bfloat16 parameters get float32 masters."""
     trainable = [(name, p) for name, p in model.named_parameters() if not p.stop_gradient]
     decayed = {p.name for name, p in trainable if decays(name, p)}
     return FusedAdamW(
@@ -73,4 +74,5 @@ def build_optimizer(
         weight_decay=weight_decay,
         apply_decay_param_fun=decayed.__contains__,
         grad_clip=clip,
+        multi_precision=any(p.dtype == paddle.bfloat16 for _, p in trainable),
     )

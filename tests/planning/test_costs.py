@@ -18,7 +18,7 @@ TOKENS = 2 * 256
 
 
 def plan_of(world: int, machine: str = "h100", accumulation: int = 2, **degrees):
-    trainer = TrainerConfig(rows_per_step=2, gradient_accumulation=accumulation)
+    trainer = TrainerConfig(rows_per_step=2, gradient_accumulation=accumulation, bf16=machine != "laptop")
     model = dataclasses.replace(model_preset("nano"), mtp_depth=0)
     config = Config(model=model, trainer=trainer, parallel=ParallelConfig(**degrees))
     return make_plan("test", config, load_machine(machine), world)
@@ -84,7 +84,7 @@ def test_a_machine_without_a_network_refuses_several_nodes(tmp_path):
 
 def test_products_take_the_operations_of_training():
     machine = dataclasses.replace(load_machine("h100"), memory_bandwidth=1e9)
-    config = Config(model=model_preset("nano"), trainer=TrainerConfig(rows_per_step=4))
+    config = Config(model=model_preset("nano"), trainer=TrainerConfig(rows_per_step=4, bf16=True))
     plan = make_plan("test", config, machine)
     operations = 3 * 4 * 256 * flops_per_token(config.model, 256)
     assert plan.flops == operations
@@ -136,21 +136,20 @@ def test_who_waits_leaves_a_shared_core_to_others(stage_ranks, world, share):
 @pytest.mark.parametrize("name", machine_names())
 def test_every_machine_loads_and_says_where_each_figure_comes_from(name):
     machine = load_machine(name)
-    assert machine.precision in ("float32", "bfloat16")
+    assert machine.bfloat16_flops > machine.float32_flops
     lines = (MACHINES / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
-    figures = [
-        line for line in lines if re.match(r"(memory|flops|memory_bandwidth|intra_bandwidth|latency|eff|res|sla)", line)
-    ]
-    assert len(figures) == 8
+    names = r"(memory|float32_flops|bfloat16_flops|memory_bandwidth|intra_bandwidth|latency|eff|res|sla)"
+    figures = [line for line in lines if re.match(names, line)]
+    assert len(figures) == 9
     assert [line for line in figures if "#" not in line] == []
 
 
 @pytest.mark.parametrize(
     ("change", "wanted"),
     [
-        (("flops:", "flop:"), "key 'flops' is missing"),
+        (("float32_flops:", "flops:"), "key 'float32_flops' is missing"),
         (("efficiency: 0.4", "efficiency: 0"), "efficiency is 0.0; it must be above 0"),
-        (("precision: bfloat16", "precision: fp8"), "precision is 'fp8'; the planner knows float32 and bfloat16"),
+        (("bfloat16_flops: 989", "bfloat16_flops: -1"), "bfloat16_flops is -1.0; it must be at least 0"),
     ],
 )
 def test_a_faulty_machine_is_one_line(tmp_path, change, wanted):
@@ -167,7 +166,8 @@ def test_unknown_machine_names_the_nearest():
 
 
 def searched(world: int, memory: float = 0.0, keep: int = 1000):
-    config = Config(model=model_preset("mini"), trainer=TrainerConfig(rows_per_step=4, gradient_accumulation=16))
+    trainer = TrainerConfig(rows_per_step=4, gradient_accumulation=16, bf16=True)
+    config = Config(model=model_preset("mini"), trainer=trainer)
     return config, search("mini", config, load_machine("h100"), world, memory, keep)
 
 
