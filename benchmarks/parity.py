@@ -55,7 +55,7 @@ LAYOUTS: dict[str, tuple[int, dict]] = {  # name -> (processes, degrees)
     "ep2.pp2.tp2": (8, {"expert": 2, "pipeline": 2, "tensor": 2}),
     "cp2.ep2": (4, {"context": 2, "expert": 2}),
 }
-LIMITS = {"float64": 1e-8, "float32": 1e-4, "bfloat16": 0.02}  # in the narrow ones of the loss alone
+LIMITS = {"float64": 1e-8, "float32": 1e-4, "bfloat16": 0.03}  # in the narrow ones of the loss alone
 STEPS, ROWS, SECONDS = 20, 4, 600  # rows of a step, over all processes, each a micro-batch
 SHAPE = {
     "vocab_size": 64,

@@ -164,7 +164,7 @@ def killer(run: Path, announced: int, saving: bool, rng: random.Random) -> Itera
         partial = run / "checkpoints"
         while saving and not done.wait(0.0002) and not any(partial.glob(".step-*.partial")):
             pass
-        done.wait(rng.uniform(0, 0.02 if saving else 0.5))
+        done.wait(rng.uniform(0, 0.004 if saving else 0.5))
         pids = [int(path.read_text()) for path in sorted(run.glob("pid-*"))]
         if pids and not done.is_set():
             victim["saving"] = any(partial.glob(".step-*.partial"))
