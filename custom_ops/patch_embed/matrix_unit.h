@@ -16,6 +16,7 @@ namespace patch_embed {
 #if defined(ERNIE5_AMX)
 constexpr int64_t kMiddle = 128;
 constexpr int64_t kBlockRows = 512, kBlockUnits = 320 * 1024;  // at most, of the patches that a task holds
+constexpr int64_t kCached = 2 << 20;  // bytes of tokens that may stay in a cache until somebody reads them
 constexpr int kWeightParts = 3;
 
 // The right operand: strips of two tiles of columns (the last may be one), each [depth / 32][parts, smallest first]
@@ -95,9 +96,9 @@ class TileWeight {
 
 typedef uint16_t u16x32 __attribute__((vector_size(64)));
 
-// 32 bytes less 128 as bf16; where `present` has no bit nothing is read, and -128 stands.
-inline __m512i centred(const uint8_t* p, __mmask32 present) {
-  const __m256i v = _mm256_xor_si256(_mm256_maskz_loadu_epi8(present, p), _mm256_set1_epi8(-128));
+// 32 bytes less 128 as bf16.
+inline __m512i centred(const uint8_t* p) {
+  const __m256i v = _mm256_xor_si256(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), _mm256_set1_epi8(-128));
   auto wide = [](__m128i half) {
     return _mm512_castps_si512(_mm512_maskz_cvtepi32_ps(0xffff, _mm512_maskz_cvtepi8_epi32(0xffff, half)));
   };
@@ -111,33 +112,66 @@ inline __m512i centred(const uint8_t* p, __mmask32 present) {
 class Lines {
  public:
   Lines(const Sizes& s, const Span& span, const uint8_t* video)
-      : s_(s), span_(span), video_(video), first_(span.first_run * s.run), last_(span.last_run * s.run) {}
+      : s_(s), video_(video), first_(span.first_run * s.run), last_(span.last_run * s.run) {
+    for (int64_t run = span.first_run; run < span.last_run; ++run) {
+      starts_.push_back((run / s.ph * s.H + run % s.ph) * s.line);
+    }
+  }
   int64_t first() const { return first_ / amx::kDeep; }
   int64_t deep() const { return divide_up(last_, amx::kDeep) - first(); }
   int64_t stride() const { return 2 * spread(16 * deep()); }  // values
 
-  // The patch whose first value is number `value`. May write 32 values more.
-  void read(int64_t value, uint16_t* to) const {
-    const int64_t full = s_.run / 32, next_frame = (s_.H - s_.ph) * s_.line;
-    const __mmask32 rest = (1u << s_.run % 32) - 1;
-    int64_t row = span_.first_run % s_.ph;
-    const uint8_t* from = video_ + value + (span_.first_run / s_.ph * s_.H + row) * s_.line;
-    _mm512_storeu_si512(to, _mm512_setzero_si512());
-    to += first_ % amx::kDeep;
-    for (int64_t run = span_.first_run; run < span_.last_run; ++run) {
-      for (int64_t i = 0; i < full; ++i) _mm512_storeu_si512(to + 32 * i, centred(from + 32 * i, ~0u));
-      if (rest != 0) _mm512_storeu_si512(to + 32 * full, centred(from + 32 * full, rest));
-      to += s_.run, from += s_.line;
-      if (++row == s_.ph) row = 0, from += next_frame;
+  // `count` patches, 32 at most, from where the cursor stands; also where their tokens belong.
+  void read(Cursor& cursor, int64_t count, uint16_t* to, int64_t* tokens) const {
+    const int64_t bytes = amx::kDeep * deep(), pitch = bytes + 32;
+    auto* gathered = scratch<uint8_t, kRowSlot>(32 * pitch);
+    for (int64_t i = 0; i < count;) {
+      const int64_t neighbours = smaller(count - i, cursor.row_left());
+      gather(video_ + cursor.value(), neighbours, gathered + i * pitch, pitch);
+      for (int64_t token = cursor.token(), end = i + neighbours; i < end; ++i) tokens[i] = token++;
+      cursor.next(neighbours);
     }
-    _mm512_storeu_si512(to, _mm512_setzero_si512());
+    for (int64_t i = 0; i < count; ++i) {
+      for (int64_t k = 0; k < bytes; k += 32) {
+        _mm512_storeu_si512(to + i * stride() + k, centred(gathered + i * pitch + k));
+      }
+    }
   }
 
  private:
+  // The bytes of `count` patches side by side and, where frames are missing, those that count as zero. (Behind the last
+  // value of a whole patch the weight is zero.) A vector may reach into bytes that are written later, or into the 32
+  // between two patches.
+  void gather(const uint8_t* patch, int64_t count, uint8_t* to, int64_t pitch) const {
+    const int64_t length = s_.run, full = length / 32 * 32;
+    const __mmask32 rest = (1u << length % 32) - 1;
+    auto store = [](uint8_t* to, __m256i v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), v); };
+    auto fill = [=](uint8_t* to) {
+      for (int64_t i = 0; i < count; ++i) store(to + i * pitch, _mm256_set1_epi8(-128));
+    };
+    if (first_ % amx::kDeep != 0) fill(to);
+    to += first_ % amx::kDeep;
+    for (const int64_t start : starts_) {
+      const uint8_t* from = patch + start;
+      for (int64_t k = 0; k < full; k += 32) {
+        for (int64_t i = 0; i < count; ++i) store(to + i * pitch + k, _mm256_maskz_loadu_epi8(~0u, from + i * length + k));
+      }
+      if (rest != 0) {
+        uint8_t* last_to = to + full;
+        const uint8_t* last_from = from + full;
+        for (int64_t i = 0; i < count; ++i, last_to += pitch, last_from += length) {
+          store(last_to, _mm256_maskz_loadu_epi8(rest, last_from));
+        }
+      }
+      to += length;
+    }
+    if (last_ < s_.K) fill(to);
+  }
+
   const Sizes& s_;
-  const Span& span_;
   const uint8_t* video_;
   int64_t first_, last_;
+  std::vector<int64_t> starts_;  // of the runs, from the first value of the patch
 };
 
 // sums [32][32] = start + 32 lines, `stride` values apart, times a strip of `tiles` tiles of columns.
@@ -184,15 +218,14 @@ struct Block {
 
 template <class Real>
 void embed_block(const Sizes& s, const Span& span, const Block& block, const TileWeight& weight, const uint8_t* video,
-                 Real* tokens) {
+                 Real* tokens, bool through) {
   const Lines lines(s, span, video);
   const int64_t stride = lines.stride(), rows = round_up(block.rows, 32);
-  auto* left = scratch<uint16_t, kPanelSlot>(rows * stride + 32);
-  auto** out = scratch<Real*, kRowSlot>(rows);
+  auto* left = scratch<uint16_t, kPanelSlot>(rows * stride);
+  auto* places = scratch<int64_t, kResultSlot>(rows);
   Cursor cursor(s, span, block.first);
-  for (int64_t i = 0; i < block.rows; ++i, cursor.next()) {
-    lines.read(cursor.value(), left + i * stride);
-    out[i] = tokens + cursor.token() * s.D;
+  for (int64_t m = 0; m < block.rows; m += 32) {
+    lines.read(cursor, smaller(32, block.rows - m), left + m * stride, places + m);
   }
   __asm__ volatile("" ::: "memory");  // nor that they are loaded from there
   alignas(64) float sums[32 * 32];
@@ -200,15 +233,17 @@ void embed_block(const Sizes& s, const Span& span, const Block& block, const Til
     const uint32_t* b = weight.data(strip, lines.first());
     const float* start = weight.start(block.span, strip);
     const int64_t column = 32 * strip, count = s.D - column;
+    const auto multiply = weight.tiles(strip) == 2 ? multiply_lines<2> : multiply_lines<1>;
     for (int64_t m = 0; m < block.rows; m += 32) {
-      const auto multiply = weight.tiles(strip) == 2 ? multiply_lines<2> : multiply_lines<1>;
       multiply(left + m * stride, stride, lines.deep(), b, start, sums);
       for (int64_t i = 0; i < smaller(32, block.rows - m); ++i) {
-        put(out[m + i] + column, load(sums + 32 * i), count);
-        put(out[m + i] + column + 16, load(sums + 32 * i + 16), count - 16);
+        Real* to = tokens + places[m + i] * s.D + column;
+        put_through(to, load(sums + 32 * i), count, through);
+        put_through(to + 16, load(sums + 32 * i + 16), count - 16, through);
       }
     }
   }
+  if (through) _mm_sfence();
 }
 
 // tokens = patches times weight + bias; false if there is no matrix unit.
@@ -228,10 +263,11 @@ bool embed_on_matrix_unit(const Sizes& s, const uint8_t* video, const Real* weig
       blocks.push_back({i, first, smaller(rows, tokens_here - first)});
     }
   }
+  const bool through = s.tokens() * s.D * static_cast<int64_t>(sizeof(Real)) > kCached;
   parallel_for(static_cast<int64_t>(blocks.size()), [&](int64_t task, int) {
     MatrixUnit unit;
     const Block& block = blocks[static_cast<size_t>(task)];
-    embed_block(s, spans[block.span], block, right, video, tokens);
+    embed_block(s, spans[block.span], block, right, video, tokens, through);
   });
   return true;
 }

@@ -77,8 +77,12 @@ class Cursor {
     int64_t frame = clip_ * s_.T + time_ * s_.pt - s_.lead;
     return (frame * s_.H + row_ * s_.ph) * s_.line + column_ * s_.run;
   }
-  void next() {
-    if (++column_ < s_.across) return;
+  // Tokens from here to the end of the row.
+  int64_t row_left() const { return s_.across - column_; }
+  // Goes on by up to that many.
+  void next(int64_t count = 1) {
+    column_ += count;
+    if (column_ < s_.across) return;
     column_ = 0;
     if (++row_ < s_.down) return;
     row_ = 0;
