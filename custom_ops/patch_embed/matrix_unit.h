@@ -1,8 +1,8 @@
 // Tokens of a video of bytes on the matrix unit (AMX).
 //
 // A byte less 128 is exact in bf16, so a patch needs no float: of (v / 255 - mean) / deviation the factor goes into the
-// weight, and the summand, times the weight, is where every sum starts. The weight is the sum of three bf16, exactly (see
-// common/matrix_gemm.h), which makes three products for one of floats, all of them exact before they are summed.
+// weight, and the summand, times the weight, is where every sum starts. The weight is the sum of three bf16, exactly
+// (see common/matrix_gemm.h), which makes three products for one of floats, all of them exact before they are summed.
 #pragma once
 
 #include <vector>
@@ -16,6 +16,7 @@ namespace patch_embed {
 #if defined(ERNIE5_AMX)
 constexpr int64_t kMiddle = 128;
 constexpr int64_t kBlockRows = 512, kBlockUnits = 320 * 1024;  // at most, of the patches that a task holds
+constexpr int64_t kTurnRows = 64, kSmallWeight = 16 * 1024;    // rows between two readings of a weight of so few units
 constexpr int64_t kCached = 2 << 20;  // bytes of tokens that may stay in a cache until somebody reads them
 constexpr int kWeightParts = 3;
 
@@ -45,6 +46,7 @@ class TileWeight {
     });
   }
   int64_t strips() const { return columns_ / 32; }
+  bool small() const { return strips() * deep_ * kStep <= kSmallWeight; }
   int tiles(int64_t strip) const { return s_.D - 32 * strip > 16 ? 2 : 1; }
   const uint32_t* data(int64_t strip, int64_t first) const {
     return units_ + strip * deep_ * kStep + first * tiles(strip) * kWeightParts * amx::kTile;
@@ -123,7 +125,7 @@ class Lines {
 
   // `count` patches, 32 at most, from where the cursor stands; also where their tokens belong.
   void read(Cursor& cursor, int64_t count, uint16_t* to, int64_t* tokens) const {
-    const int64_t bytes = amx::kDeep * deep(), pitch = bytes + 32;
+    const int64_t bytes = amx::kDeep * deep(), pitch = bytes + 32, stride = this->stride();
     auto* gathered = scratch<uint8_t, kRowSlot>(32 * pitch);
     for (int64_t i = 0; i < count;) {
       const int64_t neighbours = smaller(count - i, cursor.row_left());
@@ -133,7 +135,7 @@ class Lines {
     }
     for (int64_t i = 0; i < count; ++i) {
       for (int64_t k = 0; k < bytes; k += 32) {
-        _mm512_storeu_si512(to + i * stride() + k, centred(gathered + i * pitch + k));
+        _mm512_storeu_si512(to + i * stride + k, centred(gathered + i * pitch + k));
       }
     }
   }
@@ -149,20 +151,17 @@ class Lines {
     auto fill = [=](uint8_t* to) {
       for (int64_t i = 0; i < count; ++i) store(to + i * pitch, _mm256_set1_epi8(-128));
     };
+    auto copy = [=](const uint8_t* from, __mmask32 present, uint8_t* to) {  // reads nothing that is not `present`
+      for (int64_t i = 0; i < count; ++i, from += length, to += pitch) {
+        store(to, _mm256_maskz_loadu_epi8(present, from));
+      }
+    };
     if (first_ % amx::kDeep != 0) fill(to);
     to += first_ % amx::kDeep;
     for (const int64_t start : starts_) {
       const uint8_t* from = patch + start;
-      for (int64_t k = 0; k < full; k += 32) {
-        for (int64_t i = 0; i < count; ++i) store(to + i * pitch + k, _mm256_maskz_loadu_epi8(~0u, from + i * length + k));
-      }
-      if (rest != 0) {
-        uint8_t* last_to = to + full;
-        const uint8_t* last_from = from + full;
-        for (int64_t i = 0; i < count; ++i, last_to += pitch, last_from += length) {
-          store(last_to, _mm256_maskz_loadu_epi8(rest, last_from));
-        }
-      }
+      for (int64_t k = 0; k < full; k += 32) copy(from + k, ~0u, to + k);
+      if (rest != 0) copy(from + full, rest, to + full);
       to += length;
     }
     if (last_ < s_.K) fill(to);
@@ -210,38 +209,51 @@ void multiply_lines(const uint16_t* lines, int64_t stride, int64_t deep, const u
   __asm__ volatile("" ::: "memory");  // the compiler does not know that tiles are stored to memory
 }
 
+// Token places[i] = line i of `left` times the weight, for `rows` lines; written past the caches if `through`.
+template <class Real>
+void multiply_all(const Sizes& s, const Lines& lines, const uint16_t* left, const int64_t* places, int64_t rows,
+                  const TileWeight& weight, size_t span, Real* tokens, bool through) {
+  const int64_t stride = lines.stride(), deep = lines.deep();
+  __asm__ volatile("" ::: "memory");  // the compiler does not know that tiles are loaded from memory
+  alignas(64) float sums[32 * 32];
+  for (int64_t strip = 0; strip < weight.strips(); ++strip) {
+    const uint32_t* b = weight.data(strip, lines.first());
+    const float* start = weight.start(span, strip);
+    const int64_t column = 32 * strip, count = s.D - column;
+    const auto multiply = weight.tiles(strip) == 2 ? multiply_lines<2> : multiply_lines<1>;
+    for (int64_t m = 0; m < rows; m += 32) {
+      multiply(left + m * stride, stride, deep, b, start, sums);
+      for (int64_t i = 0; i < smaller(32, rows - m); ++i) {
+        Real* to = tokens + places[m + i] * s.D + column;
+        put_through(to, load(sums + 32 * i), count, through);
+        put_through(to + 16, load(sums + 32 * i + 16), count - 16, through);
+      }
+    }
+  }
+}
+
 // Some consecutive patches of a span, to be done by one task.
 struct Block {
   size_t span;
   int64_t first, rows;
 };
 
+// Reads and multiplies a block by turns: often, so that tokens travel to memory meanwhile, but where the weight is
+// large only once, since every turn reads all of it.
 template <class Real>
 void embed_block(const Sizes& s, const Span& span, const Block& block, const TileWeight& weight, const uint8_t* video,
                  Real* tokens, bool through) {
   const Lines lines(s, span, video);
-  const int64_t stride = lines.stride(), rows = round_up(block.rows, 32);
-  auto* left = scratch<uint16_t, kPanelSlot>(rows * stride);
-  auto* places = scratch<int64_t, kResultSlot>(rows);
+  const int64_t stride = lines.stride(), most = round_up(weight.small() ? kTurnRows : block.rows, 32);
+  auto* left = scratch<uint16_t, kPanelSlot>(most * stride);
+  auto* places = scratch<int64_t, kResultSlot>(most);
   Cursor cursor(s, span, block.first);
-  for (int64_t m = 0; m < block.rows; m += 32) {
-    lines.read(cursor, smaller(32, block.rows - m), left + m * stride, places + m);
-  }
-  __asm__ volatile("" ::: "memory");  // nor that they are loaded from there
-  alignas(64) float sums[32 * 32];
-  for (int64_t strip = 0; strip < weight.strips(); ++strip) {
-    const uint32_t* b = weight.data(strip, lines.first());
-    const float* start = weight.start(block.span, strip);
-    const int64_t column = 32 * strip, count = s.D - column;
-    const auto multiply = weight.tiles(strip) == 2 ? multiply_lines<2> : multiply_lines<1>;
-    for (int64_t m = 0; m < block.rows; m += 32) {
-      multiply(left + m * stride, stride, lines.deep(), b, start, sums);
-      for (int64_t i = 0; i < smaller(32, block.rows - m); ++i) {
-        Real* to = tokens + places[m + i] * s.D + column;
-        put_through(to, load(sums + 32 * i), count, through);
-        put_through(to + 16, load(sums + 32 * i + 16), count - 16, through);
-      }
+  for (int64_t done = 0; done < block.rows; done += most) {
+    const int64_t rows = smaller(most, block.rows - done);
+    for (int64_t m = 0; m < rows; m += 32) {
+      lines.read(cursor, smaller(32, rows - m), left + m * stride, places + m);
     }
+    multiply_all(s, lines, left, places, rows, weight, block.span, tokens, through);
   }
   if (through) _mm_sfence();
 }
