@@ -1,10 +1,12 @@
 // Tokens of a video of bytes on the matrix unit (AMX).
 //
-// A byte less 128 is exact in bf16, so a patch needs no float: of (v / 255 - mean) / deviation the factor goes into the
-// weight, and the summand, times the weight, is where every sum starts. The weight is the sum of three bf16, exactly
-// (see common/matrix_gemm.h), which makes three products for one of floats, all of them exact before they are summed.
+// A byte less a whole number of 0 .. 255 is exact in bf16. The one nearest to the mean is taken, so that sums hardly
+// cancel; of (v / 255 - mean) / deviation the factor then goes into the weight, and the small summand that is left,
+// times the weight, is where every sum starts. The weight is the sum of three bf16, exactly (common/matrix_gemm.h),
+// which makes three products for one of floats, all of them exact before they are summed.
 #pragma once
 
+#include <cmath>
 #include <vector>
 
 #include "common/matrix_gemm.h"
@@ -14,33 +16,47 @@ namespace ernie5 {
 namespace patch_embed {
 
 #if defined(ERNIE5_AMX)
-constexpr int64_t kMiddle = 128;
 constexpr int64_t kBlockRows = 512, kBlockUnits = 320 * 1024;  // at most, of the patches that a task holds
 constexpr int64_t kTurnRows = 64, kSmallWeight = 16 * 1024;    // rows between two readings of a weight of so few units
 constexpr int64_t kCached = 2 << 20;  // bytes of tokens that may stay in a cache until somebody reads them
 constexpr int kWeightParts = 3;
+
+// What is done to each value of a patch: (v - centre) * scale + shift. Zeros follow, for whole tiles and a vector.
+struct Channels {
+  float *centre, *scale, *shift;
+  uint8_t* nothing;  // the bytes that count as zero but for `shift`
+  Channels(const Sizes& s, const float* mean, const float* deviation) {
+    const int64_t count = round_up(s.K, amx::kDeep) + 32;
+    centre = scratch<float, kVectorsSlot>(3 * count), scale = centre + count, shift = scale + count;
+    nothing = scratch<uint8_t, kVectorsSlot>(count);
+    for (int64_t k = 0, c = 0; k < count; ++k, c = c + 1 < s.C ? c + 1 : 0) {
+      if (k >= s.K) {
+        centre[k] = scale[k] = shift[k] = nothing[k] = 0;
+        continue;
+      }
+      const double middle = mean[c] > 0 ? std::min(255.0, std::floor(255.0 * mean[c] + 0.5)) : 0.0;
+      centre[k] = static_cast<float>(middle), nothing[k] = static_cast<uint8_t>(middle);
+      scale[k] = static_cast<float>(1.0 / (255.0 * deviation[c]));
+      shift[k] = static_cast<float>((middle / 255.0 - mean[c]) / deviation[c]);
+    }
+  }
+};
 
 // The right operand: strips of two tiles of columns (the last may be one), each [depth / 32][parts, smallest first]
 // [tiles], and for every span what its sums start with.
 class TileWeight {
  public:
   template <class Real>
-  TileWeight(const Sizes& s, const std::vector<Span>& spans, const Real* weight, const Real* bias, const float* mean,
-             const float* deviation)
+  TileWeight(const Sizes& s, const std::vector<Span>& spans, const Real* weight, const Real* bias,
+             const Channels& channels)
       : s_(s), columns_(round_up(s.D, 32)), deep_(divide_up(s.K, amx::kDeep)) {
     units_ = scratch<uint32_t, kStripsSlot>(strips() * deep_ * kStep);
     starts_ = scratch<float, kSumsSlot>(static_cast<int64_t>(spans.size()) * columns_);
-    float *scale = scratch<float, kVectorsSlot>(2 * s.K), *shift = scale + s.K;
-    for (int64_t k = 0, c = 0; k < s.K; ++k, c = c + 1 < s.C ? c + 1 : 0) {
-      const double spread = deviation[c];
-      scale[k] = static_cast<float>(1.0 / (255.0 * spread));
-      shift[k] = static_cast<float>((kMiddle / 255.0 - mean[c]) / spread);
-    }
     parallel_for(strips(), [&](int64_t strip, int) {
-      tiles(strip) == 2 ? pack<2>(weight, scale, strip) : pack<1>(weight, scale, strip);
+      tiles(strip) == 2 ? pack<2>(weight, channels.scale, strip) : pack<1>(weight, channels.scale, strip);
       for (size_t i = 0; i < spans.size(); ++i) {
         for (int64_t column = 32 * strip; column < 32 * strip + 32; column += 16) {
-          start(spans[i], weight, bias, shift, column, starts_ + static_cast<int64_t>(i) * columns_ + column);
+          start(spans[i], weight, bias, channels.shift, column, starts_ + static_cast<int64_t>(i) * columns_ + column);
         }
       }
     });
@@ -98,23 +114,19 @@ class TileWeight {
 
 typedef uint16_t u16x32 __attribute__((vector_size(64)));
 
-// 32 bytes less 128 as bf16.
-inline __m512i centred(const uint8_t* p) {
-  const __m256i v = _mm256_xor_si256(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), _mm256_set1_epi8(-128));
-  auto wide = [](__m128i half) {
-    return _mm512_castps_si512(_mm512_maskz_cvtepi32_ps(0xffff, _mm512_maskz_cvtepi8_epi32(0xffff, half)));
-  };
+// 32 bytes less `centre` as bf16.
+inline __m512i centred(const uint8_t* p, const float* centre) {
+  const f32x16 first = load(p) - load(centre), second = load(p + 16) - load(centre + 16);
   u16x32 upper_halves;
   for (int i = 0; i < 32; ++i) upper_halves[i] = static_cast<uint16_t>(2 * i + 1);
-  return _mm512_permutex2var_epi16(wide(_mm256_castsi256_si128(v)), (__m512i)upper_halves,
-                                   wide(_mm256_extracti128_si256(v, 1)));
+  return _mm512_permutex2var_epi16((__m512i)first, (__m512i)upper_halves, (__m512i)second);
 }
 
 // The patches of a span as left operand: a line a patch, of those 32 values at a time that its frames lie in.
 class Lines {
  public:
-  Lines(const Sizes& s, const Span& span, const uint8_t* video)
-      : s_(s), video_(video), first_(span.first_run * s.run), last_(span.last_run * s.run) {
+  Lines(const Sizes& s, const Span& span, const uint8_t* video, const Channels& channels)
+      : s_(s), video_(video), channels_(channels), first_(span.first_run * s.run), last_(span.last_run * s.run) {
     for (int64_t run = span.first_run; run < span.last_run; ++run) {
       starts_.push_back((run / s.ph * s.H + run % s.ph) * s.line);
     }
@@ -126,6 +138,7 @@ class Lines {
   // `count` patches, 32 at most, from where the cursor stands; also where their tokens belong.
   void read(Cursor& cursor, int64_t count, uint16_t* to, int64_t* tokens) const {
     const int64_t bytes = amx::kDeep * deep(), pitch = bytes + 32, stride = this->stride();
+    const float* centre = channels_.centre + amx::kDeep * first();
     auto* gathered = scratch<uint8_t, kRowSlot>(32 * pitch);
     for (int64_t i = 0; i < count;) {
       const int64_t neighbours = smaller(count - i, cursor.row_left());
@@ -135,7 +148,7 @@ class Lines {
     }
     for (int64_t i = 0; i < count; ++i) {
       for (int64_t k = 0; k < bytes; k += 32) {
-        _mm512_storeu_si512(to + i * stride + k, centred(gathered + i * pitch + k));
+        _mm512_storeu_si512(to + i * stride + k, centred(gathered + i * pitch + k, centre + k));
       }
     }
   }
@@ -148,15 +161,16 @@ class Lines {
     const int64_t length = s_.run, full = length / 32 * 32;
     const __mmask32 rest = (1u << length % 32) - 1;
     auto store = [](uint8_t* to, __m256i v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), v); };
-    auto fill = [=](uint8_t* to) {
-      for (int64_t i = 0; i < count; ++i) store(to + i * pitch, _mm256_set1_epi8(-128));
+    auto fill = [&](int64_t at, uint8_t* to) {
+      const __m256i nothing = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(channels_.nothing + at));
+      for (int64_t i = 0; i < count; ++i) store(to + i * pitch, nothing);
     };
     auto copy = [=](const uint8_t* from, __mmask32 present, uint8_t* to) {  // reads nothing that is not `present`
       for (int64_t i = 0; i < count; ++i, from += length, to += pitch) {
         store(to, _mm256_maskz_loadu_epi8(present, from));
       }
     };
-    if (first_ % amx::kDeep != 0) fill(to);
+    if (first_ % amx::kDeep != 0) fill(amx::kDeep * first(), to);
     to += first_ % amx::kDeep;
     for (const int64_t start : starts_) {
       const uint8_t* from = patch + start;
@@ -164,11 +178,12 @@ class Lines {
       if (rest != 0) copy(from + full, rest, to + full);
       to += length;
     }
-    if (last_ < s_.K) fill(to);
+    if (last_ < s_.K) fill(last_, to);
   }
 
   const Sizes& s_;
   const uint8_t* video_;
+  const Channels& channels_;
   int64_t first_, last_;
   std::vector<int64_t> starts_;  // of the runs, from the first value of the patch
 };
@@ -241,9 +256,9 @@ struct Block {
 // Reads and multiplies a block by turns: often, so that tokens travel to memory meanwhile, but where the weight is
 // large only once, since every turn reads all of it.
 template <class Real>
-void embed_block(const Sizes& s, const Span& span, const Block& block, const TileWeight& weight, const uint8_t* video,
-                 Real* tokens, bool through) {
-  const Lines lines(s, span, video);
+void embed_block(const Sizes& s, const Span& span, const Block& block, const Channels& channels,
+                 const TileWeight& weight, const uint8_t* video, Real* tokens, bool through) {
+  const Lines lines(s, span, video, channels);
   const int64_t stride = lines.stride(), most = round_up(weight.small() ? kTurnRows : block.rows, 32);
   auto* left = scratch<uint16_t, kPanelSlot>(most * stride);
   auto* places = scratch<int64_t, kResultSlot>(most);
@@ -264,10 +279,11 @@ bool embed_on_matrix_unit(const Sizes& s, const uint8_t* video, const Real* weig
                           const float* deviation, Real* tokens) {
   if (!amx::available()) return false;
   const std::vector<Span> spans = make_spans(s);
-  const TileWeight right(s, spans, weight, bias, mean, deviation);
+  const Channels channels(s, mean, deviation);
+  const TileWeight right(s, spans, weight, bias, channels);
   std::vector<Block> blocks;
   for (size_t i = 0; i < spans.size(); ++i) {
-    const int64_t units = Lines(s, spans[i], video).stride() / 2, tokens_here = spans[i].tokens;
+    const int64_t units = Lines(s, spans[i], video, channels).stride() / 2, tokens_here = spans[i].tokens;
     const int64_t most = smaller(kBlockRows, larger(kBlockUnits / units, 32));
     const int64_t count = round_up(divide_up(tokens_here, most), num_threads());
     const int64_t rows = round_up(divide_up(tokens_here, count), 32);
@@ -279,7 +295,7 @@ bool embed_on_matrix_unit(const Sizes& s, const uint8_t* video, const Real* weig
   parallel_for(static_cast<int64_t>(blocks.size()), [&](int64_t task, int) {
     MatrixUnit unit;
     const Block& block = blocks[static_cast<size_t>(task)];
-    embed_block(s, spans[block.span], block, right, video, tokens, through);
+    embed_block(s, spans[block.span], block, channels, right, video, tokens, through);
   });
   return true;
 }
