@@ -5,7 +5,8 @@
 
 Rivals: a 3-D convolution whose stride is its kernel, and patches copied into a matrix that is multiplied, in Paddle
 and in torch. Every contender starts from the same bytes. Floor: the larger of the products of frames that exist at the
-machine's best fp32 rate, and the bytes of video, weight and tokens at its copy rate.
+machine's best fp32 rate (that of the vectors: a matrix unit may pass it), and the bytes of video, weight and tokens at
+its copy rate.
 """
 
 from __future__ import annotations

@@ -1,15 +1,16 @@
 #include "patch_embed/patch_embed.h"
 
-#include <cstdlib>
 #include <cstring>
 #include <utility>
 #include <vector>
 
-#include "common/parallel.h"
-#include "common/simd.h"
+#include "patch_embed/matrix_unit.h"
+#include "patch_embed/video.h"
 
 namespace ernie5 {
 namespace {
+
+using namespace patch_embed;
 
 // Accumulators of one register tile: kRows x kVectors vectors of 16 floats, so that they, the operands and nothing
 // else fill the register file (32 registers of AVX-512, 16 of AVX2 with two for a vector).
@@ -19,162 +20,11 @@ constexpr int kRows = 14, kVectors = 2;
 constexpr int kRows = 6, kVectors = 1;
 #endif
 constexpr int64_t kWidth = 16 * kVectors;    // columns of a strip
-constexpr int64_t kPanel = 160 * 1024;       // floats of a block of rows that should stay in the second-level cache
+constexpr int64_t kPanelSize = 160 * 1024;   // floats of a block of rows that should stay in the second-level cache
 constexpr int64_t kMostTiles = 16;           // tiles of one task
 constexpr int64_t kGradBlock = 640 * 1024;   // floats of tokens_grad that are multiplied between two barriers
 constexpr int64_t kGradDepth = 160;          // rows of weight_grad that one task computes
 constexpr int64_t kRowBlock = 16;            // rows of patches that are read before they are laid out
-constexpr int64_t kRunSlack = 16;            // vectors may reach beyond the end of a run by that much
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-
-// Aligned floats that are kept from call to call; their contents are not.
-class Buffer {
- public:
-  Buffer() = default;
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  ~Buffer() { std::free(data_); }
-  float* get(int64_t count) {
-    if (count > size_) {
-      std::free(data_);
-      size_ = round_up(count, 1024);
-      data_ = static_cast<float*>(std::aligned_alloc(64, static_cast<size_t>(size_) * sizeof(float)));
-      if (data_ == nullptr) std::abort();
-    }
-    return data_;
-  }
-
- private:
-  float* data_ = nullptr;
-  int64_t size_ = 0;
-};
-thread_local Buffer shared_strips, shared_vectors, shared_grad, shared_sums;  // made by the calling thread, read by all
-thread_local Buffer own_panel, own_row, own_result;
-
-inline f32x16 load(const uint8_t* p) {
-#ifdef __AVX512F__  // GCC converts bytes in many steps
-  __m512i wide = _mm512_maskz_cvtepu8_epi32(0xffff, _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-  return __builtin_convertvector(reinterpret_cast<i32x16>(wide), f32x16);
-#else
-  typedef uint8_t u8x16 __attribute__((vector_size(16), aligned(1), may_alias));
-  u16x16 wide = __builtin_convertvector(*reinterpret_cast<const u8x16*>(p), u16x16);
-  return __builtin_convertvector(__builtin_convertvector(wide, i32x16), f32x16);
-#endif
-}
-using ernie5::load;
-
-struct Sizes {
-  int64_t B, T, H, W, C, pt, ph, pw, lead, D;
-  int64_t run = pw * C;         // neighbouring values of a patch in one row of pixels
-  int64_t runs = pt * ph;       // of them in a patch
-  int64_t K = runs * run;       // values of a patch
-  int64_t times = T > 0 ? ceil_div(lead + T, pt) : 0;
-  int64_t down = H / ph, across = W / pw;
-  int64_t line = W * C;         // values of a row of pixels
-  int64_t values() const { return B * T * H * line; }
-  int64_t tokens() const { return B * times * down * across; }
-};
-
-// Patch times begin .. end-1, whose patches have the same frames: those that `first_run` .. `last_run`-1 lie in.
-struct Span {
-  int64_t begin, end, first_run, last_run;
-  int64_t tokens;
-  int64_t depth(const Sizes& s) const { return (last_run - first_run) * s.run; }
-};
-
-// At most three: patches that lack frames before the clip, whole ones, those that lack frames behind it.
-std::vector<Span> make_spans(const Sizes& s) {
-  std::vector<Span> spans;
-  for (int64_t time = 0; time < s.times; ++time) {
-    int64_t start = time * s.pt - s.lead;
-    int64_t first_run = larger(-start, 0) * s.ph, last_run = smaller(s.T - start, s.pt) * s.ph;
-    if (spans.empty() || spans.back().first_run != first_run || spans.back().last_run != last_run) {
-      spans.push_back({time, time, first_run, last_run, 0});
-    }
-    spans.back().end = time + 1;
-    spans.back().tokens += s.B * s.down * s.across;
-  }
-  return spans;
-}
-
-// Walks over the tokens of a span in the order clip, time, row, column.
-class Cursor {
- public:
-  Cursor(const Sizes& s, const Span& span, int64_t number) : s_(s), span_(span) {
-    column_ = number % s.across, number /= s.across;
-    row_ = number % s.down, number /= s.down;
-    time_ = span.begin + number % (span.end - span.begin);
-    clip_ = number / (span.end - span.begin);
-  }
-  int64_t token() const { return ((clip_ * s_.times + time_) * s_.down + row_) * s_.across + column_; }
-  // Of the first value of the patch; outside the video if that frame is missing.
-  int64_t value() const {
-    int64_t frame = clip_ * s_.T + time_ * s_.pt - s_.lead;
-    return (frame * s_.H + row_ * s_.ph) * s_.line + column_ * s_.run;
-  }
-  void next() {
-    if (++column_ < s_.across) return;
-    column_ = 0;
-    if (++row_ < s_.down) return;
-    row_ = 0;
-    if (++time_ < span_.end) return;
-    time_ = span_.begin;
-    ++clip_;
-  }
-
- private:
-  const Sizes& s_;
-  const Span& span_;
-  int64_t column_, row_, time_, clip_;
-};
-
-// Reads the runs of a patch as normalised floats: v * scale + shift, with one factor and one summand a value of a run.
-template <class Video>
-class Patches {
- public:
-  Patches(const Sizes& s, const Video* video, const float* mean, const float* deviation)
-      : s_(s), video_(video), whole_(s.values() - larger(round_up(s.run, 16), 16)) {
-    scale_ = shared_vectors.get(2 * (s.run + kRunSlack));
-    shift_ = scale_ + s.run + kRunSlack;
-    double unit = sizeof(Video) == 1 ? 255.0 : 1.0;
-    for (int64_t i = 0; i < s.run + kRunSlack && s.C > 0; ++i) {
-      double spread = deviation[i % s.C];
-      scale_[i] = static_cast<float>(1.0 / (unit * spread));
-      shift_[i] = static_cast<float>(-mean[i % s.C] / spread);
-    }
-  }
-
-  // Runs begin .. end-1 of the patch whose first value is number `value`; may write kRunSlack floats more.
-  void read(int64_t value, int64_t begin, int64_t end, float* to) const {
-    const int64_t length = s_.run, rows = s_.ph, line = s_.line, next_frame = (s_.H - s_.ph) * s_.line;
-    const float *scale = scale_, *shift = shift_;
-    int64_t row = begin, from = value;
-    for (; row >= rows; row -= rows) from += s_.H * line;
-    from += row * line;
-    const f32x16 first_scale = load(scale), first_shift = load(shift);
-    for (int64_t run = begin; run < end; ++run, to += length) {
-      const Video* values = video_ + from;
-      if (from <= whole_) {
-        store(to, load(values) * first_scale + first_shift);
-        for (int64_t i = 16; i < length; i += 16) store(to + i, load(values + i) * load(scale + i) + load(shift + i));
-      } else {  // a vector would reach beyond the end of the video
-        for (int64_t i = 0; i < length; ++i) to[i] = static_cast<float>(values[i]) * scale[i] + shift[i];
-      }
-      from += line;
-      if (++row == rows) row = 0, from += next_frame;
-    }
-  }
-
- private:
-  const Sizes& s_;
-  const Video* video_;
-  int64_t whole_;  // the last start of a run that can be read in whole vectors
-  float *scale_, *shift_;
-};
 
 // Copies rows of `count` floats, `stride` apart, into a tile laid out [count/16][rows][16]: one pointer then serves
 // every row. (The rows should not have been written just before: vectors across stores in flight have to wait.)
@@ -276,8 +126,8 @@ OuterKernel outer_kernel(int64_t rows, int64_t width) {
 class Strips {
  public:
   Strips(int64_t depth, int64_t columns)
-      : depth_(depth), columns_(columns), packed_(shared_strips.get(count() * depth * kWidth)) {}
-  int64_t count() const { return ceil_div(columns_, kWidth); }
+      : depth_(depth), columns_(columns), packed_(scratch<float, kStripsSlot>(count() * depth * kWidth)) {}
+  int64_t count() const { return divide_up(columns_, kWidth); }
   int64_t column(int64_t strip) const { return strip * kWidth; }
   int64_t width(int64_t strip) const { return smaller(columns_ - column(strip), kWidth); }
   int64_t stride(int64_t strip) const { return width(strip) <= 16 ? 16 : kWidth; }
@@ -323,7 +173,7 @@ class Strips {
 class Tiles {
  public:
   Tiles(const std::vector<Span>& spans) : spans_(spans) {
-    for (const Span& span : spans) count_ += ceil_div(span.tokens, kRows);
+    for (const Span& span : spans) count_ += divide_up(span.tokens, kRows);
   }
   int64_t count() const { return count_; }
 
@@ -332,7 +182,7 @@ class Tiles {
   void of_task(int64_t task, int64_t tasks, Body&& body) const {
     int64_t begin = task * count_ / tasks, end = (task + 1) * count_ / tasks, passed = 0;
     for (const Span& span : spans_) {
-      int64_t tiles = ceil_div(span.tokens, kRows);
+      int64_t tiles = divide_up(span.tokens, kRows);
       for (int64_t t = larger(begin, passed); t < smaller(end, passed + tiles); ++t) {
         int64_t first = (t - passed) * kRows;
         body(span, first, smaller(span.tokens - first, kRows), t - begin);
@@ -343,9 +193,9 @@ class Tiles {
 
   // Tasks whose panels of `depth` floats a row stay in the cache, the same number for each thread.
   int64_t tasks(int64_t depth) const {
-    int64_t most = kPanel / (kRows * larger(depth, 1));
+    int64_t most = kPanelSize / (kRows * larger(depth, 1));
     most = larger(1, smaller(most, kMostTiles));
-    return smaller(round_up(ceil_div(count_, most), num_threads()), count_);
+    return smaller(round_up(divide_up(count_, most), num_threads()), count_);
   }
 
  private:
@@ -364,20 +214,23 @@ template <class Video, class Real>
 void forward(const Sizes& s, const Video* video, const Real* weight, const Real* bias, const float* mean,
              const float* deviation, Real* tokens) {
   if (s.tokens() == 0 || s.D == 0) return;
+  if constexpr (std::is_same_v<Video, uint8_t>) {
+    if (embed_on_matrix_unit(s, video, weight, bias, mean, deviation, tokens)) return;
+  }
   std::vector<Span> spans = make_spans(s);
   Patches<Video> patches(s, video, mean, deviation);
   Strips strips(s.K, s.D);
   strips.take(weight);
-  float* start = shared_sums.get(round_up(s.D, kWidth));
+  float* start = scratch<float, kSumsSlot>(round_up(s.D, kWidth));
   for (int64_t d = 0; d < round_up(s.D, kWidth); ++d) start[d] = d < s.D ? to_float(bias[d]) : 0.0f;
 
   Tiles tiles(spans);
   int64_t length = round_up(s.K, 16), tasks = tiles.tasks(length);
   parallel_for(tasks, [&](int64_t task, int) {
     std::vector<Tile<Real>> mine(static_cast<size_t>(tiles.count() / tasks + 1));
-    float* panel = own_panel.get(static_cast<int64_t>(mine.size()) * kRows * length);
+    float* panel = scratch<float, kPanelSlot>(static_cast<int64_t>(mine.size()) * kRows * length);
     int64_t stride = length + kRunSlack, count = 0;
-    float* values = own_row.get(kRows * stride);
+    float* values = scratch<float, kRowSlot>(kRows * stride);
     tiles.of_task(task, tasks, [&](const Span& span, int64_t first, int64_t rows, int64_t number) {
       float* data = panel + number * kRows * length;
       Tile<Real>& tile = mine[static_cast<size_t>(number)];
@@ -403,9 +256,9 @@ void forward(const Sizes& s, const Video* video, const Real* weight, const Real*
 }
 
 // Some consecutive tokens of a span: which they are and where their patches begin.
-struct Rows {
+struct TokenRows {
   std::vector<int64_t> token, value;
-  Rows(const Sizes& s, const Span& span, int64_t first, int64_t count)
+  TokenRows(const Sizes& s, const Span& span, int64_t first, int64_t count)
       : token(static_cast<size_t>(count)), value(static_cast<size_t>(count)) {
     Cursor cursor(s, span, first);
     for (size_t i = 0; i < token.size(); ++i, cursor.next()) token[i] = cursor.token(), value[i] = cursor.value();
@@ -414,9 +267,9 @@ struct Rows {
 
 // Copies the rows' gradients into strips [rows][kWidth] and adds their sums to bias_sum.
 template <class Real>
-void pack_grad(const Sizes& s, const Rows& rows, const Real* tokens_grad, float* packed, float* bias_sum) {
+void pack_grad(const Sizes& s, const TokenRows& rows, const Real* tokens_grad, float* packed, float* bias_sum) {
   int64_t count = static_cast<int64_t>(rows.token.size());
-  parallel_for(ceil_div(s.D, kWidth), [&](int64_t strip, int) {
+  parallel_for(divide_up(s.D, kWidth), [&](int64_t strip, int) {
     int64_t column = strip * kWidth, width = smaller(s.D - column, kWidth), stride = width <= 16 ? 16 : kWidth;
     float* to = packed + strip * count * kWidth;
     f32x16 sum[kVectors] = {};
@@ -434,13 +287,13 @@ void pack_grad(const Sizes& s, const Rows& rows, const Real* tokens_grad, float*
 
 // weight_sum += patches^T times packed gradient, for the rows of the weight that runs begin .. end-1 meet.
 template <class Video>
-void add_weight_grad(const Sizes& s, const Patches<Video>& patches, const Rows& rows, int64_t begin, int64_t end,
+void add_weight_grad(const Sizes& s, const Patches<Video>& patches, const TokenRows& rows, int64_t begin, int64_t end,
                      const float* packed, float* weight_sum) {
   int64_t depth = (end - begin) * s.run, count = static_cast<int64_t>(rows.value.size());
   if (depth == 0) return;
-  int64_t group = ceil_div(depth, ceil_div(depth, kRows)), stride = round_up(depth, 16) + kRunSlack;
-  float* values = own_row.get(kRowBlock * stride);
-  float* panel = own_panel.get(depth * count + kRunSlack);  // [groups][rows][group], the last one narrower
+  int64_t group = divide_up(depth, divide_up(depth, kRows)), stride = round_up(depth, 16) + kRunSlack;
+  float* values = scratch<float, kRowSlot>(kRowBlock * stride);
+  float* panel = scratch<float, kPanelSlot>(depth * count + kRunSlack);  // [groups][rows][group], the last one narrower
   for (int64_t first = 0; first < count; first += kRowBlock) {
     int64_t block = smaller(kRowBlock, count - first);
     for (int64_t m = 0; m < block; ++m) {
@@ -478,12 +331,12 @@ void weight_gradient(const Sizes& s, const Video* video, const Real* tokens_grad
   if (s.tokens() == 0 || s.D == 0) return;
   Patches<Video> patches(s, video, mean, deviation);
   int64_t most = larger(512, smaller(kGradBlock / s.D, 4096));
-  float* packed = shared_grad.get(smaller(most, s.tokens()) * round_up(s.D, kWidth));
+  float* packed = scratch<float, kGradSlot>(smaller(most, s.tokens()) * round_up(s.D, kWidth));
   for (const Span& span : make_spans(s)) {
     int64_t runs = span.last_run - span.first_run, threads = num_threads();
-    int64_t chunks = smaller(round_up(ceil_div(span.depth(s), kGradDepth), threads), runs);
+    int64_t chunks = smaller(round_up(divide_up(span.depth(s), kGradDepth), threads), runs);
     for (int64_t first = 0; first < span.tokens; first += most) {
-      Rows rows(s, span, first, smaller(most, span.tokens - first));
+      TokenRows rows(s, span, first, smaller(most, span.tokens - first));
       pack_grad(s, rows, tokens_grad, packed, bias_sum);
       parallel_for(chunks, [&](int64_t chunk, int) {
         int64_t begin = span.first_run + chunk * runs / chunks, end = span.first_run + (chunk + 1) * runs / chunks;
@@ -506,9 +359,9 @@ void video_gradient(const Sizes& s, const Real* weight, const Real* tokens_grad,
   Tiles tiles(spans);
   int64_t length = round_up(s.D, 16), width = round_up(s.K, kWidth), tasks = tiles.tasks(length);
   parallel_for(tasks, [&](int64_t task, int) {
-    float* panel = own_panel.get((tiles.count() / tasks + 1) * kRows * length);
-    float* result = own_result.get((tiles.count() / tasks + 1) * kRows * width);
-    float* values = own_row.get(kRows * length);
+    float* panel = scratch<float, kPanelSlot>((tiles.count() / tasks + 1) * kRows * length);
+    float* result = scratch<float, kResultSlot>((tiles.count() / tasks + 1) * kRows * width);
+    float* values = scratch<float, kRowSlot>(kRows * length);
     std::vector<Tile<float>> mine(static_cast<size_t>(tiles.count() / tasks + 1));
     int64_t count = 0;
     tiles.of_task(task, tasks, [&](const Span& span, int64_t first, int64_t rows, int64_t number) {
@@ -562,7 +415,7 @@ void parameter_gradients(const Sizes& s, const Video* video, const float* tokens
 template <class Video>
 void parameter_gradients(const Sizes& s, const Video* video, const bf16* tokens_grad, const float* mean,
                          const float* deviation, bf16* weight_grad, bf16* bias_grad) {
-  float* sums = shared_sums.get((s.K + 1) * s.D);
+  float* sums = scratch<float, kSumsSlot>((s.K + 1) * s.D);
   weight_gradient(s, video, tokens_grad, mean, deviation, sums, sums + s.K * s.D);
   narrow_all(sums, s.K * s.D, weight_grad);
   narrow_all(sums + s.K * s.D, s.D, bias_grad);
@@ -572,7 +425,7 @@ void parameter_gradients(const Sizes& s, const Video* video, const bf16* tokens_
 }  // namespace ernie5
 
 using ernie5::bf16;
-using ernie5::Sizes;
+using ernie5::patch_embed::Sizes;
 
 // The library's type for the bits of a bfloat16 that the C interface takes.
 static const bf16* halves(const uint16_t* bits) { return reinterpret_cast<const bf16*>(bits); }

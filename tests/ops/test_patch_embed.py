@@ -14,6 +14,7 @@ SHAPES = [  # B, T, H, W, patch, D
     (1, 6, 5, 7, (3, 5, 7), 5),
     (2, 4, 6, 6, (1, 2, 3), 48),
 ]
+LARGE = (9, 1, 128, 128, (1, 4, 4), 64)  # more tokens than a cache keeps
 
 
 def draw(shape, rng, kind="uint8"):
@@ -53,7 +54,7 @@ def test_reference_adds_up_every_patch(shape, kind):
 @pytest.mark.skipif(not kernels.available("patch_embed"), reason="no compiled kernels on this machine")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", ["uint8", "float32"])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", [*SHAPES, LARGE])
 def test_kernel_equals_the_reference(shape, kind, dtype):
     rng = np.random.default_rng(1)
     video, weight, bias = draw(shape, rng, kind)
@@ -71,6 +72,16 @@ def test_kernel_equals_the_reference(shape, kind, dtype):
     for got, wanted in zip(*results, strict=True):
         scale = np.abs(wanted).max()
         np.testing.assert_allclose(got / scale, wanted / scale, atol=2e-5 if dtype == "float32" else 2e-2)
+
+
+@pytest.mark.parametrize("value, mean", [(0, 0.0), (255, 1.0), (122, 122 / 255)])
+def test_pictures_of_the_mean_give_the_bias(value, mean):
+    """Whatever is folded into the weight, v/255 and the mean must not cancel after they were multiplied and summed."""
+    rng = np.random.default_rng(6)
+    weight, bias = (rng.standard_normal(size).astype(np.float32) for size in ((32 * 32 * 3, 8), 8))
+    video = paddle.full([1, 1, 64, 64, 3], value, "uint8")
+    tokens = patch_embed(video, *map(paddle.to_tensor, (weight, bias)), (1, 32, 32), [mean] * 3, [0.1] * 3)
+    np.testing.assert_allclose(tokens.numpy(), np.broadcast_to(bias, (1, 4, 8)), atol=1e-4)
 
 
 def test_a_float_video_without_gradient_costs_none():
