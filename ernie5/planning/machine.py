@@ -33,13 +33,14 @@ class Precision:
     gradient: int
     optimizer: int  # AdamW's two moments, and a float32 copy of a narrower parameter
     activation: int
-    logits: int  # logits kept for the loss, with the float32 softmax where they are narrower
-    split_loss: int  # matrices like the logits that the loss of a divided vocabulary needs to run backward
+    logits: int  # logits kept for the loss, which the kernel overwrites with their gradient
+    split_logits: int  # the same where the vocabulary is divided: with the float32 softmax where they are narrower
+    split_loss: int  # matrices like those that the loss of a divided vocabulary needs to run backward
 
 
 PRECISIONS = {
-    "float32": Precision(4, 4, 8, 4, 4, 3),
-    "bfloat16": Precision(2, 2, 12, 2, 6, 1),  # gradients are of the type of their parameter
+    "float32": Precision(4, 4, 8, 4, 4, 4, 3),
+    "bfloat16": Precision(2, 2, 12, 2, 2, 6, 1),  # gradients are of the type of their parameter
 }
 
 

@@ -165,7 +165,8 @@ class StageMemory:
     @cached_property
     def logits(self) -> int:
         """One matrix [T, V / tensor], as it is kept for the loss."""
-        return self.tokens * self.model.vocab_size // self.layout.tensor * self.bytes.logits
+        size = self.bytes.split_logits if self.layout.tensor > 1 else self.bytes.logits
+        return self.tokens * self.model.vocab_size // self.layout.tensor * size
 
     @cached_property
     def kept_of_heads(self) -> int:
