@@ -25,6 +25,7 @@ from ernie5.model.heads import AudioHead, BitHead, MultiTokenPrediction, TextLos
 from ernie5.model.initialise import initialise
 from ernie5.model.layers import Block, LayerCache, MoE, RMSNorm, to_bfloat16
 from ernie5.model.losses import LossWeights, bit_loss, token_loss, total_weights
+from ernie5.ops import kernels
 from ernie5.ops.attention import IntervalMask
 from ernie5.ops.decode import DecodeCache
 from ernie5.ops.elementwise import add
@@ -107,8 +108,14 @@ class Ernie5ForCausalLM(Ernie5PretrainedModel):
         """Turns the blocks, the heads and the token table to bfloat16, in place, for compute at twice the rate or more.
 
         Routers stay in float32, and so do the small embeddings of pictures, codes and speakers. Call it before an
-        optimizer is built, which then needs ``multi_precision`` (``Ernie5Trainer`` sees to that).
+        optimizer is built, which then needs ``multi_precision`` (``Ernie5Trainer`` sees to that). ``ValueError`` on a
+        CPU without the compiled kernels: Paddle's own lack bfloat16 there.
         """
+        if not (kernels.on_gpu(next(iter(self.parameters()))) or kernels.available("linear")):
+            raise ValueError(
+                "bfloat16 on a CPU needs the compiled kernels, which are not in use "
+                f"({kernels.library().problem or 'tools/doctor.py says why'}); leave trainer.bf16 off, or mend that"
+            )
         to_bfloat16(self, FLOAT32_PARTS)
 
     def set_loss_weights(

@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ernie5.ops import kernels
+
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "parity.py"
 LIMIT = 1e-8
 
@@ -55,6 +57,8 @@ def test_a_layout_equals_one_process(parity, one_process, tmp_path, layout, chan
 @pytest.mark.parametrize("layout", ["ep2.tp2", "zero2x2.pp2"])
 def test_a_layout_in_bfloat16_loses_what_one_process_does(parity, tmp_path, layout):
     """Of every axis the operators that Paddle's CPU build lacks in bfloat16."""
+    if not kernels.available("linear"):
+        pytest.skip("Paddle's CPU operators lack bfloat16")
     given = options()
     given.dtype = "bfloat16"
     found = [parity.run(name, count, given, tmp_path) for name, count in (("one", 1), (layout, 4))]
