@@ -44,6 +44,7 @@ constexpr int kTileRows = 12;  // 24 accumulators, and a pointer register for ev
 constexpr int kTileRows = 3;  // 12 accumulators of eight floats
 #endif
 constexpr int64_t kPanel = 16;  // columns of a packed panel
+constexpr int64_t kTileDepth = 192;  // units of two panels that share the first-level cache with those of a tile's rows
 
 inline int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 inline int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
@@ -72,18 +73,25 @@ T* scratch(int64_t count) {
   return static_cast<T*>(buffer.data);
 }
 
-// Memory that will be needed soon, brought into the second-level cache a line every `every` steps (a power of two) of
-// the products done meanwhile: all at once it would take the fill buffers that the products themselves need.
+// Memory that will be needed soon, brought into the second-level cache a line now and then during the products done
+// meanwhile: all at once it would take the fill buffers that the products themselves need.
 struct Ahead {
-  int64_t every = 1;
+  uint32_t pattern = 0xff;  // in which of eight steps
   const char* at = nullptr;
   const char* end = nullptr;
   const char* then = nullptr;  // a second region after the first
   const char* then_end = nullptr;
 
+  // At least `lines` lines every `steps` steps, or one a step.
+  void spread(int64_t lines, int64_t steps) {
+    const int64_t of_eight = divide_up(8 * lines, steps);
+    pattern = of_eight > 6 ? 0xff : of_eight > 4 ? 0xdb : of_eight > 2 ? 0x55 : 0x11;
+  }
+  int64_t lines_in(int64_t steps) const { return divide_up(steps, 8) * __builtin_popcount(pattern); }
+
   // Where to continue for the next `steps` steps; null when there is nothing left.
   const char* take(int64_t steps) {
-    const int64_t lines = divide_up(steps, every);
+    const int64_t lines = lines_in(steps);
     if (end - at < lines * 64) {
       if (then == nullptr) return nullptr;
       at = then, end = then_end, then = nullptr;
@@ -129,7 +137,7 @@ inline u32x16 load(const uint32_t* p) { return *reinterpret_cast<const u32x16*>(
 // by value, and should capture by value: what it holds then stays in registers while it writes through pointers.
 template <class T, int rows, bool ahead, class Finish>
 inline __attribute__((always_inline)) void tile(Left<T> a, int64_t depth, const Unit<T>* b0, const Unit<T>* b1,
-                                                int64_t stride, const char* soon, int64_t every, Finish finish) {
+                                                int64_t stride, const char* soon, uint32_t pattern, Finish finish) {
   f32x16 left[rows], right[rows];
   const Unit<T>* row[rows];
 #pragma GCC unroll 16
@@ -139,7 +147,7 @@ inline __attribute__((always_inline)) void tile(Left<T> a, int64_t depth, const 
     const auto first = load(b0), second = load(b1);
     b0 += stride, b1 += stride;
     if constexpr (ahead) {
-      if ((p & (every - 1)) == 0) __builtin_prefetch(soon, 0, 2), soon += 64;
+      if ((pattern >> (p & 7)) & 1) __builtin_prefetch(soon, 0, 2), soon += 64;
     }
 #pragma GCC unroll 16
     for (int i = 0; i < rows; ++i) {
@@ -156,12 +164,12 @@ inline __attribute__((always_inline)) void tile(Left<T> a, int64_t depth, const 
 // `tile` with `count` rows (1 .. kTileRows), which the compiler must know.
 template <class T, int rows, class Finish>
 void tile_of(int64_t count, Left<T> a, int64_t depth, const Unit<T>* b0, const Unit<T>* b1, int64_t stride,
-             const char* soon, int64_t every, const Finish& finish) {
+             const char* soon, uint32_t pattern, const Finish& finish) {
   if (count == rows) {
-    if (soon != nullptr) return tile<T, rows, true>(a, depth, b0, b1, stride, soon, every, finish);
-    return tile<T, rows, false>(a, depth, b0, b1, stride, soon, every, finish);
+    if (soon != nullptr) return tile<T, rows, true>(a, depth, b0, b1, stride, soon, pattern, finish);
+    return tile<T, rows, false>(a, depth, b0, b1, stride, soon, pattern, finish);
   }
-  if constexpr (rows > 1) tile_of<T, rows - 1>(count, a, depth, b0, b1, stride, soon, every, finish);
+  if constexpr (rows > 1) tile_of<T, rows - 1>(count, a, depth, b0, b1, stride, soon, pattern, finish);
 }
 
 // ------------------------------------------------------------------------------------------------ the matrix unit
@@ -199,7 +207,7 @@ struct Session {
 // Up to 32 rows x 32 columns into out[32][32]; the left operand has whole tiles of rows.
 template <bool both, bool ahead>
 inline void product(Left<bf16> a, int64_t depth, const uint32_t* b0, const uint32_t* b1, int64_t stride,
-                    const char* soon, int64_t every, float* out) {
+                    const char* soon, uint32_t pattern, float* out) {
   const uint32_t* lower = a.data + 16 * a.row;
   const size_t a_bytes = static_cast<size_t>(a.row) * 4, b_bytes = static_cast<size_t>(stride) * 4;
   _tile_zero(0);
@@ -220,7 +228,7 @@ inline void product(Left<bf16> a, int64_t depth, const uint32_t* b0, const uint3
       _tile_dpbf16ps(3, 5, 7);
     }
     if constexpr (ahead) {
-      for (int64_t line = 0; line < 16; line += every) __builtin_prefetch(soon, 0, 2), soon += 64;
+      for (int line = 0; line < 2 * __builtin_popcount(pattern); ++line) __builtin_prefetch(soon, 0, 2), soon += 64;
     }
   }
   _tile_stored(0, out, 128);
@@ -239,11 +247,11 @@ void multiply(int64_t rows, Left<bf16> a, int64_t depth, const uint32_t* b0, con
     const char* soon = ahead.take(depth);
     Left<bf16> block = a.from(first);
     if (rows - first > 16) {
-      soon != nullptr ? product<true, true>(block, depth, b0, b1, stride, soon, ahead.every, out)
-                      : product<true, false>(block, depth, b0, b1, stride, soon, ahead.every, out);
+      soon != nullptr ? product<true, true>(block, depth, b0, b1, stride, soon, ahead.pattern, out)
+                      : product<true, false>(block, depth, b0, b1, stride, soon, ahead.pattern, out);
     } else {
-      soon != nullptr ? product<false, true>(block, depth, b0, b1, stride, soon, ahead.every, out)
-                      : product<false, false>(block, depth, b0, b1, stride, soon, ahead.every, out);
+      soon != nullptr ? product<false, true>(block, depth, b0, b1, stride, soon, ahead.pattern, out)
+                      : product<false, false>(block, depth, b0, b1, stride, soon, ahead.pattern, out);
     }
     int64_t count = std::min<int64_t>(32, rows - first);
     for (int64_t i = 0; i < count; ++i) finish(first + i, load(out + i * 32), load(out + i * 32 + 16));
@@ -269,12 +277,34 @@ void multiply([[maybe_unused]] const MatrixUnit& unit, int64_t rows, Left<T> a, 
     if (unit.on) return amx::multiply(rows, a, depth, b0, b1, stride, ahead, finish);
   }
 #endif
-  // Tiles of nearly equal height.
+  // Tiles of nearly equal height, over as much of the summed axis as lets the panels stay in the first-level cache.
   const int64_t height = divide_up(rows, std::max<int64_t>(1, divide_up(rows, kTileRows)));
-  for (int64_t first = 0; first < rows; first += height) {
-    const int64_t last = std::min(rows, first + height);
-    auto shifted = [finish, first](int i, f32x16 left, f32x16 right) { finish(first + i, left, right); };
-    tile_of<T, kTileRows>(last - first, a.from(first), depth, b0, b1, stride, ahead.take(depth), ahead.every, shifted);
+  const int64_t pieces = std::max<int64_t>(1, divide_up(depth, kTileDepth));
+  const int64_t piece = std::max<int64_t>(8, round_up(divide_up(depth, pieces), 8));
+  float* sums = depth > piece ? scratch<float, 103>(rows * 2 * kPanel) : nullptr;
+  for (int64_t p = 0; p < depth || p == 0; p += piece) {
+    const int64_t steps = std::min(piece, depth - p);
+    const Left<T> part{a.data + p * a.step, a.row, a.step};
+    const Unit<T>*p0 = b0 + p * stride, *p1 = b1 + p * stride;
+    for (int64_t first = 0; first < rows; first += height) {
+      const int64_t count = std::min(rows - first, height);
+      const char* soon = ahead.take(steps);
+      float* before = p > 0 ? sums + first * 2 * kPanel : nullptr;
+      if (p + piece < depth) {
+        float* to = sums + first * 2 * kPanel;
+        auto keep = [before, to](int i, f32x16 left, f32x16 right) {
+          if (before != nullptr) left += load(before + i * 32), right += load(before + i * 32 + 16);
+          store(to + i * 32, left), store(to + i * 32 + 16, right);
+        };
+        tile_of<T, kTileRows>(count, part.from(first), steps, p0, p1, stride, soon, ahead.pattern, keep);
+      } else {
+        auto shifted = [finish, first, before](int i, f32x16 left, f32x16 right) {
+          if (before != nullptr) left += load(before + i * 32), right += load(before + i * 32 + 16);
+          finish(first + i, left, right);
+        };
+        tile_of<T, kTileRows>(count, part.from(first), steps, p0, p1, stride, soon, ahead.pattern, shifted);
+      }
+    }
   }
 }
 
@@ -342,6 +372,16 @@ inline void transpose16(const uint32_t* const* from, int64_t columns, uint32_t* 
 inline u32x16 interleave(u16x16 upper, u16x16 lower) {
   return __builtin_convertvector(upper, u32x16) | (__builtin_convertvector(lower, u32x16) << 16);
 }
+#if defined(__AVX512BW__)
+// 32 of each row: the first sixteen units to `first`, the others to `second`.
+inline void interleave(const bf16* upper, const bf16* lower, uint32_t* first, uint32_t* second) {
+  const __m512i quads = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);  // so that halves of lanes are sixteen neighbours
+  const __m512i a = _mm512_maskz_permutexvar_epi64(0xff, quads, _mm512_loadu_si512(upper));
+  const __m512i b = _mm512_maskz_permutexvar_epi64(0xff, quads, _mm512_loadu_si512(lower));
+  _mm512_storeu_si512(first, _mm512_unpacklo_epi16(a, b));
+  _mm512_storeu_si512(second, _mm512_unpackhi_epi16(a, b));
+}
+#endif
 inline u16x16 bits_part(const bf16* p, int64_t count) {
   u16x16 v{};
   if (count >= 16) return *reinterpret_cast<const u16x16*>(p);
@@ -443,17 +483,24 @@ inline Right<float> pack_right(Rows<float> from, int64_t depth, int64_t columns,
   return {to - depth * round_up(columns, kPanel), depth * kPanel, kPanel};
 }
 inline Right<bf16> pack_right(Rows<bf16> from, int64_t depth, int64_t columns, uint32_t* to, bool /*reuse*/ = true) {
-  int64_t units = packed_units<bf16>(depth);
-  for (int64_t c = 0; c < columns; c += kPanel) {
-    int64_t count = std::min<int64_t>(kPanel, columns - c);
-    uint32_t* line = to + c * units;
-    for (int64_t p = 0; p < units; ++p, line += kPanel) {
-      int64_t n = 2 * p;
-      *reinterpret_cast<u32x16*>(line) = interleave(n < depth ? bits_part(from[n] + c, count) : u16x16{},
-                                                    n + 1 < depth ? bits_part(from[n + 1] + c, count) : u16x16{});
+  const int64_t units = packed_units<bf16>(depth), panel = units * kPanel;
+  for (int64_t p = 0; p < units; ++p, to += kPanel) {  // rows in the order of memory, which the processor foresees
+    const int64_t n = 2 * p;
+    int64_t c = 0;
+#if defined(__AVX512BW__)
+    if (n + 1 < depth) {
+      for (; c + 2 * kPanel <= columns; c += 2 * kPanel) {
+        interleave(from[n] + c, from[n + 1] + c, to + c * units, to + c * units + panel);
+      }
+    }
+#endif
+    for (; c < columns; c += kPanel) {
+      int64_t count = std::min<int64_t>(kPanel, columns - c);
+      *reinterpret_cast<u32x16*>(to + c * units) = interleave(n < depth ? bits_part(from[n] + c, count) : u16x16{},
+                                                             n + 1 < depth ? bits_part(from[n + 1] + c, count) : u16x16{});
     }
   }
-  return {to, units * kPanel, kPanel};
+  return {to - panel, panel, kPanel};
 }
 
 // Packs the transpose of [columns, depth]: column j of the operand is row j of `from`.

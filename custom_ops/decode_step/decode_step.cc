@@ -8,11 +8,13 @@
 #include <cstdlib>
 #include <cstring>
 #include <new>
+#include <optional>
 #include <vector>
 
 #include "common/parallel.h"
 #include "common/simd.h"
 #include "decode_step/choose.h"
+#include "decode_step/matrix_unit.h"
 
 namespace ernie5 {
 namespace {
@@ -134,6 +136,25 @@ void multiply_piece(const void* matrix, int64_t columns, const float* const* x, 
 }
 
 using Multiply = decltype(&multiply_piece<float>);
+
+// The same on the matrix unit, which the thread holds, where that pays.
+void multiply_on_unit(const void* matrix, int64_t columns, const float* const* x, int64_t begin, int64_t end,
+                      int64_t tokens, float* y, int64_t ldy, const void* next) {
+#if defined(ERNIE5_AMX)
+  const bf16* w = static_cast<const bf16*>(matrix) + begin * columns;
+  if (amx::multiply_few(w, columns, x, begin, end - begin, tokens, y, ldy, next)) return;
+#endif
+  multiply_piece<bf16>(matrix, columns, x, begin, end, tokens, y, ldy, next);
+}
+
+// Whether the matrix unit serves a step of so many tokens.
+bool on_unit(bool half, int64_t tokens) {
+#if defined(ERNIE5_AMX)
+  return half && tokens >= amx::kFew && has_matrix_unit();
+#else
+  return false;
+#endif
+}
 
 // x [tokens, depth] w [depth, columns], cut into pieces of rows so that every thread streams contiguous memory; the
 // partial results y [pieces, tokens, ldy] are added where they are used. Pieces depend on the shapes, not on the
@@ -414,7 +435,8 @@ class Step {
         tokens(in.batch * in.rows),
         seen(in.query_start + (text != nullptr ? text->count : in.rows)),
         assignments(tokens * m.top_k),
-        multiply(m.half ? &multiply_piece<bf16> : &multiply_piece<float>),
+        unit(on_unit(m.half, tokens)),
+        multiply(unit ? &multiply_on_unit : m.half ? &multiply_piece<bf16> : &multiply_piece<float>),
         threads(num_threads()) {
     Layout sizes(nullptr);
     lay_out(sizes);
@@ -428,6 +450,8 @@ class Step {
   void run() {
     on_threads(threads, [this](int thread) {
       int size = granted_threads(threads);
+      std::optional<MatrixUnit> held;
+      if (unit) held.emplace();
       text != nullptr ? write(thread, size) : work(thread, size);
     });
   }
@@ -536,7 +560,7 @@ class Step {
       multiply_all(m.pointer(layer, kOut));
       by_token(size, [=](int64_t t) { place(layer, t); }, [] {});
       int64_t sharing = tokens * m.groups >= size ? m.heads / m.groups : 1;  // heads of one task
-      share(tokens * (m.heads / sharing), [&](int64_t task) { attend(layer, task, sharing, thread); });
+      attend_all(layer, sharing, thread);
       meet(size, [=] { project_back(layer); });
       multiply_all(m.pointer(layer, kRouter));
       by_token(
@@ -719,29 +743,46 @@ class Step {
     }
   }
 
-  // `sharing` query heads of one row, which all read one key head.
-  void attend(int64_t layer, int64_t task, int64_t sharing, int thread) {
+  // All rows and heads, by all threads; each knows a task ahead whose keys it reads next.
+  void attend_all(int64_t layer, int64_t sharing, int thread) {
+    int64_t count = tokens * (m.heads / sharing), task = next.fetch_add(1, std::memory_order_relaxed);
+    while (task < count) {
+      int64_t after = next.fetch_add(1, std::memory_order_relaxed);
+      attend(layer, task, sharing, thread, after < count ? keys_of(layer, after, sharing) : nullptr);
+      task = after;
+    }
+  }
+
+  // Where the keys of a task begin; its values lie the same way in the other half of the cache.
+  const float* keys_of(int64_t layer, int64_t task, int64_t sharing, int64_t which = 0) const {
     int64_t t = task / (m.heads / sharing), head = task % (m.heads / sharing) * sharing;
-    int64_t group = head / (m.heads / m.groups), b = t / in.rows;
-    const float* k = cached(layer, 0, b) + group * m.dim;
-    const float* v = cached(layer, 1, b) + group * m.dim;
+    return cached(layer, which, t / in.rows) + head / (m.heads / m.groups) * m.dim;
+  }
+
+  // `sharing` query heads of one row, which all read one key head. `after`: keys that are read next.
+  void attend(int64_t layer, int64_t task, int64_t sharing, int thread, const float* after) {
+    int64_t t = task / (m.heads / sharing), head = task % (m.heads / sharing) * sharing;
+    const float* k = keys_of(layer, task, sharing);
+    const float* v = keys_of(layer, task, sharing, 1);
     float* mine = scores + thread * 4 * padded(seen);
     const float* q = queries + (t * m.heads + head) * m.dim;
     float* out = attended_row(t) + head * m.dim;
     int64_t done = 0;
-    for (; done + 4 <= sharing; done += 4) attend_heads<4>(t, q + done * m.dim, k, v, mine, out + done * m.dim);
-    for (; done < sharing; ++done) attend_heads<1>(t, q + done * m.dim, k, v, mine, out + done * m.dim);
+    for (; done + 4 <= sharing; done += 4) attend_heads<4>(t, q + done * m.dim, k, v, mine, out + done * m.dim, after);
+    for (; done < sharing; ++done) attend_heads<1>(t, q + done * m.dim, k, v, mine, out + done * m.dim, after);
   }
 
   float* attended_row(int64_t t) { return attended + t * padded(m.heads * m.dim); }
 
   template <int H>
-  void attend_heads(int64_t t, const float* q, const float* k, const float* v, float* mine, float* out) {
+  void attend_heads(int64_t t, const float* q, const float* k, const float* v, float* mine, float* out,
+                    const float* after) {
     const Span* found = spans + t * (seen / 2 + 1);
     int64_t count = span_count[t], ld = m.groups * m.dim, size = padded(seen);
     float highest[H], factor[H];
     for (float& value : highest) value = -INFINITY;
-    for (int64_t i = 0; i < count; ++i) score<H>(q, k, ld, found[i], mine, size, highest);
+    for (int64_t i = 0; i < count; ++i) score<H>(q, k, v, ld, found[i], mine, size, highest);
+    if (after != nullptr) prefetch_rows(after, ld, kAhead / ld + 1);  // from there on `dots` does it
     for (int head = 0; head < H; ++head) {
       f32x16 total{};
       float* row = mine + head * size;
@@ -772,17 +813,28 @@ class Step {
     }
   }
 
-  // mine[head][j] = q[head] . k[j] over the span; raises `highest`.
+  // `count` rows of one head of the cache.
+  void prefetch_rows(const float* row, int64_t ld, int64_t count) const {
+    for (int64_t j = 0; j < count; ++j, row += ld) {
+      for (int64_t d = 0; d < m.dim; d += kLanes) __builtin_prefetch(row + d, 0, 2);
+    }
+  }
+
+  // mine[head][j] = q[head] . k[j] over the span; raises `highest`. The values are asked for meanwhile.
   template <int H>
-  void score(const float* q, const float* k, int64_t ld, Span span, float* mine, int64_t size, float* highest) const {
+  void score(const float* q, const float* k, const float* v, int64_t ld, Span span, float* mine, int64_t size, float* highest) const {
+    constexpr int kRows = kLanes / H;
     int64_t j = span.begin;
-    for (; j + kLanes <= span.end; j += kLanes) {
+    for (; j + kRows <= span.end; j += kRows) {
+      prefetch_rows(v + j * ld, ld, kRows);
+      f32x16 totals[H][kRows];
+      dots<float, kRows, H>(k + j * ld, ld, q, m.dim, m.dim, totals);
+      f32x16 values = sums(totals[0]);
       for (int head = 0; head < H; ++head) {
-        f32x16 totals[1][kLanes];
-        dots<float, kLanes, 1>(k + j * ld, ld, q + head * m.dim, 0, m.dim, totals);
-        f32x16 values = sums(totals[0]);
-        store(mine + head * size + j, values);
-        highest[head] = std::max(highest[head], largest(values));
+        for (int row = 0; row < kRows; ++row) {
+          mine[head * size + j + row] = values[head * kRows + row];
+          highest[head] = std::max(highest[head], values[head * kRows + row]);
+        }
       }
     }
     for (; j < span.end; ++j) {
@@ -963,14 +1015,33 @@ class Step {
 
   void head() {
     constexpr int64_t kRows = 64;
-    share((m.vocabulary + kRows - 1) / kRows, [this](int64_t task) {
+    const uint32_t* split = split_normed();
+    share((m.vocabulary + kRows - 1) / kRows, [this, split](int64_t task) {
       int64_t begin = task * kRows, end = std::min(begin + kRows, m.vocabulary);
+#if defined(ERNIE5_AMX)
+      const bf16* w = static_cast<const bf16*>(m.embedding);
+      for (; split != nullptr && begin + amx::kWide <= end; begin += amx::kWide) {
+        amx::dot_few(w + begin * m.hidden, m.hidden, split, in.batch, in.logits + begin, m.vocabulary);
+      }
+#endif
       if (m.half) {
         head_rows(static_cast<const bf16*>(m.embedding), begin, end);
       } else {
         head_rows(static_cast<const float*>(m.embedding), begin, end);
       }
     });
+  }
+
+  // The last rows' normed states for the matrix unit, in memory of the thread; null where it does not serve the head.
+  const uint32_t* split_normed() const {
+#if defined(ERNIE5_AMX)
+    if (unit && in.batch >= amx::kFew && in.batch <= amx::kMany && m.hidden % amx::kDeep == 0) {
+      auto* split = scratch<uint32_t, 121>(m.hidden / amx::kDeep * amx::tiles_of(in.batch) * amx::kTile);
+      amx::split_right(normed, padded(m.hidden), m.hidden, in.batch, split);
+      return split;
+    }
+#endif
+    return nullptr;
   }
 
   template <class W>
@@ -1000,6 +1071,7 @@ class Step {
   Inputs in;
   const Text* const text;
   const int64_t tokens, seen, assignments;  // seen: rows of the cache in the end
+  const bool unit;
   const Multiply multiply;
   const int threads;
 

@@ -75,8 +75,9 @@ void run_tasks(const Layer<T>& layer, const std::vector<Task>& tasks, bool backw
       ahead.then = backward ? down(next->expert) : gate_up(next->expert);
       ahead.then_end = ahead.then + first;
     }
-    const int64_t steps = (task.end - task.begin) / (2 * kTileRows);  // of the products, for each line of the weights
-    ahead.every = steps >= 4 ? 4 : steps >= 2 ? 2 : 1;
+    // Three lines for every 16 values of a matrix; forward products take 3 / 32 steps for them in each tile of rows, the
+    // backward ones twice that, but not all of them take any along.
+    ahead.spread(backward ? 3 : 4, 2 * std::max<int64_t>(1, divide_up(task.end - task.begin, kTileRows)));
     return ahead;
   };
   const int threads = static_cast<int>(std::min<int64_t>(num_threads(), count));
