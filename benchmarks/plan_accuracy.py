@@ -91,6 +91,7 @@ def report_link(report: common.Report, link: Found) -> None:
     rows = [
         ["GB/s of a process", f"{link['bandwidth'] / 1e9:.2f}", machine.intra_bandwidth],
         ["seconds of an empty message", f"{link['latency']:.1e}", machine.latency],
+        ["more between computations", f"{link['wake_up']:.1e}", machine.wake_up],
     ]
     report.table("All-reduce between two processes", ["what", "measured", "in laptop.yaml"], rows)
 

@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from ernie5.planning import Plan, load_machine, make_plan
 STEPS, WARM_UP = 5, 2
 LINK = "link"  # in place of a run: two processes that do nothing but talk
 LINK_BYTES = 16 << 20
+LINK_PRODUCT, LINK_PRODUCTS = 512, 2  # size and number of what the two compute between messages: some 3 ms
 # So that mini takes seconds a step on a laptop.
 SMALLER = {"nano": {}, "mini": {"num_layers": 2, "audio_levels": 2, "num_experts": 16, "max_sequence_length": 256}}
 
@@ -227,7 +228,10 @@ def _timed(trained: SingleProcess | OneOfSeveral) -> float:
 
 
 def measure_link() -> dict[str, float]:
-    """Bytes a second that a rank sends in an all-reduce among all, and seconds of one of next to nothing."""
+    """Bytes a second that a rank sends in an all-reduce among all, and seconds of one of next to nothing (``latency``).
+
+    ``wake_up``: seconds that one takes beyond that where all compute for as long before it.
+    """
     import ernie5  # noqa: F401, before paddle  # isort: skip
     import paddle
     import paddle.distributed as dist
@@ -237,19 +241,33 @@ def measure_link() -> dict[str, float]:
     leaving.prepare()
     dist.init_parallel_env()
     long, short = paddle.ones([LINK_BYTES // 4]), paddle.ones([1])
+    factor = paddle.ones([LINK_PRODUCT, LINK_PRODUCT])
 
-    def fastest(tensor: paddle.Tensor, count: int) -> float:
-        seconds = []
-        for _ in range(5):
-            start = time.perf_counter()
-            for _ in range(count):
-                dist.all_reduce(tensor)
-            seconds.append((time.perf_counter() - start) / count)
-        return min(seconds)
+    def compute() -> None:
+        for _ in range(LINK_PRODUCTS):
+            paddle.matmul(factor, factor)
 
-    ranks, latency = dist.get_world_size(), fastest(short, 100)
+    def compute_and_sum() -> None:
+        compute()
+        dist.all_reduce(short)
+
+    latency = _fastest(lambda: dist.all_reduce(short), 100)
+    ranks, computing = dist.get_world_size(), _fastest(compute, 50)
+    wake_up = max(_fastest(compute_and_sum, 50) - computing - latency, 0.0)
     sent = 2 * LINK_BYTES * (ranks - 1) / ranks
-    return {"bandwidth": sent / (fastest(long, 5) - latency), "latency": latency}
+    bandwidth = sent / (_fastest(lambda: dist.all_reduce(long), 5) - latency)
+    return {"bandwidth": bandwidth, "latency": latency, "wake_up": wake_up}
+
+
+def _fastest(call: Callable[[], object], count: int) -> float:
+    """Seconds of a call: the mean of ``count``, the best of five such."""
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        for _ in range(count):
+            call()
+        seconds.append((time.perf_counter() - start) / count)
+    return min(seconds)
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ from ernie5.config.counting import (
     head_flops,
     num_params,
     parameter_shapes,
+    score_flops,
 )
 from ernie5.config.loader import dump_config, load_config
 from ernie5.config.preset import PRESETS, model_preset
@@ -49,6 +50,7 @@ __all__ = [
     "model_preset",
     "num_params",
     "parameter_shapes",
+    "score_flops",
     "validate",
     "validate_model",
 ]

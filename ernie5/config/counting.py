@@ -155,8 +155,12 @@ def block_flops(model: ModelConfig, sequence_length: int) -> int:
     """The part of ``flops_per_token`` of one block."""
     sizes = {name: math.prod(shape) for name, shape in block_shapes(model).items() if "norm" not in name}
     active = sum(size for name, size in sizes.items() if "experts" not in name)
-    scores = model.num_heads * model.head_dim * (sequence_length + 1)  # q.k and p.v over half the context
-    return 2 * (active + scores) + expert_flops(model)
+    return 2 * active + score_flops(model, sequence_length) + expert_flops(model)
+
+
+def score_flops(model: ModelConfig, sequence_length: int) -> int:
+    """The part of ``block_flops`` of attention itself: q.k and p.v over half the context."""
+    return 2 * model.num_heads * model.head_dim * (sequence_length + 1)
 
 
 def expert_flops(model: ModelConfig) -> int:

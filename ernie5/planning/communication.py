@@ -13,7 +13,13 @@ from dataclasses import dataclass
 from ernie5.config import Config
 from ernie5.planning.layout import Layout, micro_batches, ranks_of_a_token
 from ernie5.planning.machine import Machine
-from ernie5.planning.shards import held_by_stage, owned_by_stage, replicated_in_tensor_group, tied_parameters
+from ernie5.planning.shards import (
+    held_by_stage,
+    owned_by_stage,
+    replicated_in_tensor_group,
+    stage_shapes,
+    tied_parameters,
+)
 
 HIDDEN = {
     "local": 0.0,
@@ -25,6 +31,10 @@ NODE, NETWORK = "node", "network"
 COPY = 3  # passes through memory: read, written, and the written line fetched before
 # Of the rows that leave, there and back: picked by rank, own ones copied twice, joined, picked by token, added.
 DISPATCH_PASSES = 16
+# In a forward and a backward pass of one block: numbers of rows, experts, weights, rows there and back; then gradients
+# of rows there and back, and of weights.
+DISPATCH_MESSAGES = 5 + 3
+CONTEXT_MESSAGES = 2 + 2  # of keys and of values
 
 
 @dataclass(frozen=True)
@@ -83,7 +93,8 @@ class StageTraffic:
         whole = 2 * self.row_tokens * m.num_kv_heads // self.layout.tensor * m.head_dim * self.wide
         size = _ring(whole, n) * (1.5 if self.machine.shared else 1.0)
         what = "keys and values, and their gradients"
-        return self._repeated("context", what, "context", size, self.passes, copied=2 * COPY * whole)
+        count, parts = self.passes, CONTEXT_MESSAGES / 2
+        return self._repeated("context", what, "context", size, count, copied=2 * COPY * whole, parts=parts)
 
     def expert(self) -> Traffic | None:
         """[L,D] to the ranks that hold a token's experts, with its weights and choices [L,K], and sums back."""
@@ -95,11 +106,11 @@ class StageTraffic:
         sent = leaving * (m.hidden_size * self.wide + 4 * m.experts_per_token)
         near = n if self.machine.shared else min(n, self.machine.devices_per_node)
         far = sent * (n - near) / (n - 1)
-        what, count = "tokens to experts and back", 2 * self.passes
+        what, count, parts = "tokens to experts and back", 2 * self.passes, DISPATCH_MESSAGES / 4
         if far:
-            return self._repeated("expert", what, "expert", far, count, sent - far)
+            return self._repeated("expert", what, "expert", far, count, sent - far, parts=parts)
         rows = self.local * ranks_of_a_token(m, self.layout) * m.hidden_size * self.wide
-        return self._repeated("expert", what, "expert", sent, count, copied=DISPATCH_PASSES / 2 * rows)
+        return self._repeated("expert", what, "expert", sent, count, copied=DISPATCH_PASSES / 2 * rows, parts=parts)
 
     def pipeline(self) -> Traffic | None:
         """[L,D] to the next chunk, its gradient to the one before."""
@@ -124,12 +135,14 @@ class StageTraffic:
             sent += 2 * _ring(whole, layout.stage_ranks) + 2 * _ring(experts, layout.expert_replicas)
             joined = 0 if layout.sharding > 1 else dense * (layout.stage_ranks > 1)
             joined += experts * (layout.expert_replicas > layout.expert_sharding)
-            return self._once("gradients", "summed over replicas", group, sent * size, 2 * COPY * joined * size)
+            count = self.tensors if layout.sharding > 1 else 1
+            return self._once("gradients", "summed over replicas", group, sent * size, 2 * COPY * joined * size, count)
         sent = self.micro_batches * (_ring(dense, layout.sharding) + _ring(experts, layout.expert_sharding))
         sent += 2 * _ring(owned.dense, layout.stage_ranks // layout.sharding)
         joined = owned.dense * (layout.stage_ranks > layout.sharding)
         what = "to their owners, in every micro-batch"
-        return self._once("gradients", what, group, sent * size, 2 * COPY * joined * size)
+        count = self.micro_batches * self.tensors
+        return self._once("gradients", what, group, sent * size, 2 * COPY * joined * size, count)
 
     def parameters(self) -> Traffic | None:
         """ZeRO: the updated parameters, from their owners. (Its half of the sum above ends with the owner.)"""
@@ -137,37 +150,61 @@ class StageTraffic:
         sent = _ring(held.dense, layout.sharding) + _ring(held.experts, layout.expert_sharding)
         groups = ["sharding", "expert_replicas"] if layout.expert_sharding > 1 else ["sharding"]
         group = max(groups, key=layout.span)
-        return self._once("ZeRO gather", "updated parameters", group, sent * self.machine.bytes_of.parameter)
+        size = sent * self.machine.bytes_of.parameter
+        return self._once("ZeRO gather", "updated parameters", group, size, count=self.tensors)
 
     def tied(self) -> Traffic | None:
         """Gradients of the tables that several stages hold."""
         count = tied_parameters(self.model, self.layout)
         return self._once("tied tables", "gradients between stages", "ends", count * self.machine.bytes_of.gradient)
 
-    def _repeated(
-        self, kind: str, what: str, group: str, size: float, count: int, near: float = 0.0, copied: float = 0.0
-    ) -> Traffic:
-        """``count`` messages of ``size`` bytes in each micro-batch, beside ``near`` bytes that stay in the node.
+    @property
+    def tensors(self) -> int:
+        """Parameters of a rank: ZeRO sends each by itself."""
+        return len(stage_shapes(self.model, self.layout, self.stage))
 
-        To make and to take a message, ``copied`` bytes pass through memory.
+    def _repeated(
+        self,
+        kind: str,
+        what: str,
+        group: str,
+        size: float,
+        count: int,
+        near: float = 0.0,
+        copied: float = 0.0,
+        parts: float = 1.0,
+    ) -> Traffic:
+        """``count`` times ``size`` bytes in each micro-batch, in ``parts`` messages, beside ``near`` within the node.
+
+        To make and to take them, ``copied`` bytes pass through memory; around them the ranks compute.
         """
         link, rate = self._link(group)
         times = count * self.micro_batches
-        seconds = max(size / rate, near / (self.machine.intra_bandwidth * 1e9)) + self._latency
+        seconds = max(size / rate, near / (self.machine.intra_bandwidth * 1e9))
+        seconds += parts * (self._latency + self._wake_up)
         seconds = times * (seconds + self.machine.seconds_of_passes(copied, self.layout.world))
         hidden = HIDDEN[self.layout.dispatcher] if kind == "expert" else 0.0
         return Traffic(kind, what, link, times * (size + near), seconds, seconds * (1 - hidden), True)
 
-    def _once(self, kind: str, what: str, group: str, sent: float, copied: float = 0.0) -> Traffic | None:
+    def _once(
+        self, kind: str, what: str, group: str, sent: float, copied: float = 0.0, count: int = 1
+    ) -> Traffic | None:
+        """``sent`` bytes at the end of a step, in ``count`` messages behind one another."""
         if not sent:
             return None
         link, rate = self._link(group)
-        seconds = sent / rate + self._latency + self.machine.seconds_of_passes(copied, self.layout.world)
+        seconds = sent / rate + count * self._latency + self._wake_up
+        seconds += self.machine.seconds_of_passes(copied, self.layout.world)
         return Traffic(kind, what, link, sent, seconds, seconds, False)
 
     @property
     def _latency(self) -> float:
         return self.machine.latency * self.machine.crowd(self.layout.world)
+
+    @property
+    def _wake_up(self) -> float:
+        """Where several processes share a core, others run."""
+        return self.machine.wake_up / self.machine.crowd(self.layout.world)
 
     def _link(self, group: str) -> tuple[str, float]:
         machine = self.machine

@@ -13,7 +13,15 @@ from ernie5.config.strict_yaml import parse_yaml
 from ernie5.config.typing_rules import build
 
 MACHINES = Path(__file__).parent / "machines"
-ABOVE_ZERO = "devices_per_node", "memory", "float32_flops", "memory_bandwidth", "intra_bandwidth", "efficiency"
+ABOVE_ZERO = (
+    "devices_per_node",
+    "memory",
+    "float32_flops",
+    "memory_bandwidth",
+    "intra_bandwidth",
+    "efficiency",
+    "lone_core",
+)
 AT_LEAST_ZERO = (
     "bfloat16_flops",
     "inter_bandwidth",
@@ -22,6 +30,9 @@ AT_LEAST_ZERO = (
     "block_overhead",
     "reserve",
     "slack",
+    "attention_flops",
+    "operand_passes",
+    "wake_up",
 )
 
 
@@ -57,12 +68,20 @@ class Machine:
     memory_bandwidth: float  # GB/s of one device
     intra_bandwidth: float  # GB/s one device sends within the node
     inter_bandwidth: float  # GB/s one device sends to other nodes; 0: it has no others
-    latency: float  # seconds before the first byte of a message
+    latency: float  # seconds before the first byte of a message, of several behind one another
     efficiency: float  # share of ``flops`` that matrix products of a training step reach
     activation_passes: int  # memory is passed so often for a value kept for the backward pass; 0: within ``efficiency``
     block_overhead: float  # seconds of a block's forward pass that do not depend on its size; three times that in all
     reserve: float  # GB of each process that hold no tensor: libraries, contexts, communication buffers
     slack: float  # share of the tensors' memory that the allocator holds on top
+    # What a file may leave out: so it is on GPUs, whose attention runs on the units that multiply, whose operands are
+    # within ``efficiency``, and where nobody sleeps until a message comes.
+    attention_flops: float = 0.0  # TFLOP/s of one device in q.k and p.v, whatever the precision; 0: as products
+    operand_passes: float = (
+        0.0  # memory is passed so often for a value that a product reads or writes; 0: see efficiency
+    )
+    lone_core: float = 1.0  # share of memory_bandwidth that a process with one core reaches outside products
+    wake_up: float = 0.0  # seconds more of a message where its ranks computed before it
     precision: str = "float32"  # in which a plan has it compute; no key of the file
 
     def computing_in(self, precision: str) -> Machine:
@@ -85,11 +104,15 @@ class Machine:
         return max(1.0, world / self.devices_per_node) if self.shared else 1.0
 
     def seconds_of_passes(self, size: float, world: int) -> float:
-        """To pass ``size`` bytes through memory on one core: operators of Paddle that are no products have one thread.
+        """To pass ``size`` bytes through memory outside products, where further cores help little.
 
         Nothing where ``efficiency`` has it already.
         """
-        return size * self.crowd(world) / (self.memory_bandwidth * 1e9) if self.activation_passes else 0.0
+        if not self.activation_passes:
+            return 0.0
+        alone = self.shared and world >= self.devices_per_node
+        rate = self.memory_bandwidth * 1e9 * (self.lone_core if alone else 1.0)
+        return size * self.crowd(world) / rate
 
     def idle_share(self, stage_ranks: int, world: int) -> float:
         """Of the time of a turn that its stage waits, what is lost: where several processes share a core, others run.
@@ -108,8 +131,18 @@ class Machine:
 
     def flops_of_process(self, world: int) -> float:
         """FLOP/s that a process reaches."""
-        whole = self.flops * 1e12 * self.efficiency
-        return whole * self.devices_per_node / world if self.shared else whole
+        return self._of_process(self.flops * 1e12 * self.efficiency, world)
+
+    def attention_flops_of_process(self, world: int) -> float:
+        """FLOP/s that a process reaches between q.k and p.v."""
+        return self._of_process(self.attention_flops * 1e12, world) or self.flops_of_process(world)
+
+    def bandwidth_of_process(self, world: int) -> float:
+        """Bytes a second of memory, by all the threads a process may have."""
+        return self._of_process(self.memory_bandwidth * 1e9, world)
+
+    def _of_process(self, rate: float, world: int) -> float:
+        return rate * self.devices_per_node / world if self.shared else rate
 
 
 def machine_names() -> list[str]:

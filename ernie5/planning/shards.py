@@ -95,6 +95,34 @@ def _owned_by_stage(values: tuple, layout: Layout, stage: int) -> Owned:
     return Owned(int(shared.dense[fullest]), int(shared.experts[fullest]))
 
 
+def block_operands(model: ModelConfig, layout: Layout, tokens: int) -> int:
+    """Values that the products of one block's forward pass read and write: rows in and out, and every weight once.
+
+    ``tokens`` are those a rank holds between attentions; a divided weight sees those of all tensor ranks, an expert
+    K times its even share. Backward there are twice as many: those of two products, each with two of the three.
+    """
+    values = expert_operands(model, layout, tokens)
+    for name, shape in block_shapes(model).items():
+        if "norm" not in name and EXPERTS not in name:
+            rows = tokens * (layout.tensor if name.endswith(tuple(TENSOR_AXES)) else 1)
+            inner, outer = _local(name, shape, layout)
+            values += rows * (inner + outer) + inner * outer
+    return values
+
+
+def expert_operands(model: ModelConfig, layout: Layout, tokens: int) -> int:
+    """The part of ``block_operands`` of the routed experts."""
+    rows, d, width = tokens * model.experts_per_token, model.hidden_size, model.expert_intermediate_size
+    return rows * (2 * d + 3 * width) + held_by_block(model, layout).experts
+
+
+def head_operands(model: ModelConfig, layout: Layout, tokens: int) -> int:
+    """The same of the text head, once more with its projection for multi-token prediction."""
+    d, classes = model.hidden_size, model.vocab_size // layout.tensor
+    head = tokens * layout.tensor * (d + classes) + d * classes
+    return (1 + model.mtp_depth) * head + model.mtp_depth * (tokens * 3 * d + 2 * d * d)
+
+
 def replicated_in_tensor_group(model: ModelConfig, layout: Layout, stage: int) -> int:
     """Parameters of one rank that all tensor ranks hold whole, routed experts left out."""
     shapes = stage_shapes(model, layout, stage)

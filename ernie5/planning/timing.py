@@ -1,5 +1,7 @@
 """Seconds of a step: products at the rate a device reaches, messages that nothing hides, the pipeline's bubble.
 
+A product takes its operations at the rate of a large one, and, where a machine says so, its operands' way to and from
+memory on top: that is most of it where few values are multiplied with each other, and all that bfloat16 only halves.
 A micro-batch costs each stage forward, backward (twice the operations) and, where blocks are recomputed, forward again;
 the slowest stage sets the pace of (m + (P-1)/v) turns. Expert loads are taken as even.
 """
@@ -9,20 +11,34 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ernie5.config import Config, block_flops, expert_flops, head_flops
+from ernie5.config import Config, block_flops, expert_flops, head_flops, score_flops
 from ernie5.planning.communication import StageTraffic, Traffic
 from ernie5.planning.layout import Layout, micro_batches
-from ernie5.planning.machine import Machine
+from ernie5.planning.machine import PRECISIONS, Machine
 from ernie5.planning.memory import StageMemory
-from ernie5.planning.shards import held_by_stage, owned_by_stage
+from ernie5.planning.shards import (
+    block_operands,
+    expert_operands,
+    head_operands,
+    held_by_block,
+    held_by_stage,
+    owned_by_stage,
+)
 
-# How often memory is passed for a value that waits for its backward pass: written (which first fetches the line) and
-# read by the next operator; then it is read, its gradient written, and that read for the inputs and for the weights.
-FORWARD_PASSES, BACKWARD_PASSES = 3, 5
-SUB_BATCH_PASSES = 7
+# How often memory is passed, beside products, for a value that waits for its backward pass. Between two operators it is
+# written (which first fetches the line) and read, then read again, its gradient written, and that read for the inputs
+# and for the weights: 3 and 5. Most lie between a product, whose passes are counted with its operands, and another.
+FORWARD_PASSES, BACKWARD_PASSES = 2, 3
+# Of the gradient of the token table, which each look-up makes (cleared, which fetches it first) and adds (two read, one
+# written) and each head adds.
+LOOK_UP_PASSES, HEAD_PASSES = 5, 3
+# Over the experts' weights and gradients for an expert sub-batch more: the new gradient is written, read, and added;
+# weights are read in two forward passes and for the inputs' gradient, beside which they get the product of their own.
+SUM_PASSES, WEIGHT_PRODUCTS = 4, 4
 # Over the logits beyond these where ranks share the vocabulary, by operator (ernie5/parallel/gloo.py): maximum,
-# difference, exponential, sum, quotient; then one-hot labels, masked, subtracted, scaled.
-SPLIT_LOSS_PASSES = 19
+# difference, exponential, sum, quotient; then one-hot labels, masked, subtracted, scaled. These are 19, but maximum and
+# exponential compute for longer: in profiles on two cores all took as long as 44 and 46 (logits of 33 and 17 MB).
+SPLIT_LOSS_PASSES = 45
 
 
 @dataclass(frozen=True)
@@ -77,25 +93,44 @@ def _blocks(config: Config, layout: Layout, stage: int) -> int:
 def _compute(config: Config, layout: Layout, machine: Machine, stage: int) -> float:
     """Seconds of one micro-batch: products, or reading the weights where those are many and the tokens few."""
     model, trainer = config.model, config.trainer
-    local = trainer.rows_per_step * model.max_sequence_length / (layout.context * layout.tensor)
-    passes, block = (4 if model.recompute else 3), block_flops(model, model.max_sequence_length)
+    local = trainer.rows_per_step * model.max_sequence_length // (layout.context * layout.tensor)
+    scores = score_flops(model, model.max_sequence_length)
+    passes, block = (4 if model.recompute else 3), block_flops(model, model.max_sequence_length) - scores
     blocks, ahead = _blocks(config, layout, stage), model.mtp_depth if stage == layout.pipeline - 1 else 0
-    flops = local * block * (passes * blocks + 3 * ahead)
+    times = passes * blocks + 3 * ahead
+    flops, values = local * block * times, block_operands(model, layout, local) * times
     if stage == layout.pipeline - 1:
         flops += local * 3 * head_flops(model)
+        values += 3 * head_operands(model, layout, local)
     if 0 < model.moe_sub_batch < local:
         flops += local * (blocks + ahead) * expert_flops(model)
-    held = held_by_stage(model, layout, stage).total * machine.bytes_of.parameter
-    return max(flops / machine.flops_of_process(layout.world), passes * held / _bandwidth(machine, layout))
+        again = (_sub_batches(config, local) - 1) * WEIGHT_PRODUCTS * held_by_block(model, layout).experts
+        values += (blocks + ahead) * (expert_operands(model, layout, local) + again)
+    bandwidth, size = machine.bandwidth_of_process(layout.world), machine.bytes_of
+    seconds = flops / machine.flops_of_process(layout.world)
+    seconds += machine.operand_passes * values * size.activation / bandwidth
+    seconds += local * scores * _latest(layout) * times / machine.attention_flops_of_process(layout.world)
+    held = held_by_stage(model, layout, stage).total * size.parameter
+    return max(seconds, passes * held / bandwidth)
+
+
+def _sub_batches(config: Config, local: int) -> int:
+    return math.ceil(local / config.model.moe_sub_batch)
+
+
+def _latest(layout: Layout) -> float:
+    """Scores of the context rank with the end of every row, over those of an even share: it sees all that is before."""
+    return 2 - 1 / layout.context
 
 
 def _traffic(config: Config, layout: Layout, machine: Machine, stage: int) -> float:
-    """Seconds of one micro-batch in which everything but products reads and writes activations, one core a process.
+    """Seconds of one micro-batch in which everything but products reads and writes activations.
 
-    Expert sub-batches read the weights and add to the gradients once each: three reads, then the new gradient is
-    written, read, and added.
+    Values take as long in bfloat16 as in float32: our operators take two thirds of it, Paddle's casts and gradients of
+    look-ups two to three times as long (profiles of a step on two cores).
+    Expert sub-batches add to the gradients once each, and read the weights, where that is not with the products.
     """
-    memory = StageMemory(config, layout, machine.bytes_of, stage)
+    memory = StageMemory(config, layout, PRECISIONS["float32"], stage)
     blocks = memory.blocks + (config.model.mtp_depth if memory.last else 0)
     again = FORWARD_PASSES / (FORWARD_PASSES + BACKWARD_PASSES)
     times = blocks + again * memory.blocks * config.model.recompute
@@ -104,11 +139,17 @@ def _traffic(config: Config, layout: Layout, machine: Machine, stage: int) -> fl
     passed = machine.activation_passes * size
     if memory.last and layout.tensor > 1:
         passed += SPLIT_LOSS_PASSES * memory.logits * (1 + config.model.mtp_depth)
+    if machine.activation_passes:
+        tables = (memory.stage == 0) * LOOK_UP_PASSES + memory.last * HEAD_PASSES
+        tables += memory.last * config.model.mtp_depth * (LOOK_UP_PASSES + HEAD_PASSES)
+        passed += tables * memory.table
     seconds = machine.seconds_of_passes(passed, layout.world)
     if memory.sub_batched:
-        parts = math.ceil(memory.local / config.model.moe_sub_batch)
+        parts, passes = _sub_batches(config, memory.local), SUM_PASSES
+        passes += 0 if machine.operand_passes else WEIGHT_PRODUCTS - 1
         experts = memory.block.experts * machine.bytes_of.parameter
-        seconds += (parts - 1) * blocks * SUB_BATCH_PASSES * experts / _bandwidth(machine, layout)
+        bandwidth = machine.bandwidth_of_process(layout.world)
+        seconds += (parts - 1) * blocks * passes * experts / bandwidth
     return seconds
 
 
@@ -124,10 +165,5 @@ def _overhead(config: Config, layout: Layout, machine: Machine, stage: int) -> f
 def _update(config: Config, layout: Layout, machine: Machine, stage: int) -> float:
     """AdamW reads and writes parameters and state, and reads gradients."""
     own, size = owned_by_stage(config.model, layout, stage).total, machine.bytes_of
-    return own * (2 * (size.parameter + size.optimizer) + size.gradient) / _bandwidth(machine, layout)
-
-
-def _bandwidth(machine: Machine, layout: Layout) -> float:
-    """Bytes a second of all that a process may use."""
-    whole = machine.memory_bandwidth * 1e9
-    return whole * machine.devices_per_node / layout.world if machine.shared else whole
+    moved = own * (2 * (size.parameter + size.optimizer) + size.gradient)
+    return moved / machine.bandwidth_of_process(layout.world)
