@@ -236,9 +236,10 @@ def measure_link() -> dict[str, float]:
     import paddle
     import paddle.distributed as dist
 
-    from ernie5.parallel import leaving
+    from ernie5.parallel import awake, leaving
 
     leaving.prepare()
+    awake.keep(True)  # as ranks are
     dist.init_parallel_env()
     long, short = paddle.ones([LINK_BYTES // 4]), paddle.ones([1])
     factor = paddle.ones([LINK_PRODUCT, LINK_PRODUCT])

@@ -113,6 +113,16 @@ def matrix_unit() -> bool:
     return path is not None and bool(ctypes.CDLL(str(path)).ernie5_has_matrix_unit())
 
 
+def keep_awake(on: bool = True) -> None:
+    """A thread of the lowest priority keeps this process's core from falling asleep while it waits, or no longer does.
+
+    Nothing happens without the compiled library.
+    """
+    path = library().path
+    if path is not None:
+        ctypes.CDLL(str(path)).ernie5_keep_awake(int(on))
+
+
 def serves(name: str, *tensors: paddle.Tensor) -> bool:
     """Whether ours computes the op for these floating-point tensors: all float32 or all bfloat16, within reach."""
     first = tensors[0].dtype

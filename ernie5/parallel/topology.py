@@ -14,7 +14,7 @@ from paddle.distributed import fleet
 from paddle.distributed.communication.group import Group
 
 from ernie5.config.schema import ParallelConfig
-from ernie5.parallel import calls, leaving, watchdog
+from ernie5.parallel import awake, calls, leaving, watchdog
 from ernie5.parallel.blame import Wait
 from ernie5.parallel.layout import Layout, world_size
 from ernie5.parallel.watchdog import Watchdog
@@ -124,6 +124,8 @@ def _start_fleet(config: ParallelConfig, layout: Layout) -> fleet.base.topology.
         from ernie5.parallel import gloo
 
         gloo.install()
+        if layout.ranks > 1:
+            awake.keep(config.active_wait)
     leaving.prepare()
     strategy = fleet.DistributedStrategy()
     strategy.hybrid_configs = {
