@@ -148,6 +148,7 @@ inline void split_right(const float* x, int64_t ldx, int64_t depth, int64_t rows
       transpose_quads(from, 4, to + tile * kTile, 16);
     }
   }
+  __asm__ volatile("" ::: "memory");  // as in multiply_few
 }
 
 // out[row * ldo + c] for the kWide rows c of w [., depth], with what split_right made of x. Half of the rows at a time:
