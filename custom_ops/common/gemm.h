@@ -6,7 +6,8 @@
 //
 // Left operand:  Left{data, row, step}: unit (i, p) stands at data[i * row + p * step].
 // Right operand: panels of 16 columns: unit (p, j) of a panel stands at panel[p * stride + j].
-// Sums run over p in order, in float, so a result does not depend on how its rows and columns are cut into tiles.
+// Sums run over p in float, in order within pieces that depend on the depth alone, so a result does not depend on how its
+// rows and columns are cut into tiles.
 #pragma once
 
 #include <algorithm>
@@ -77,6 +78,7 @@ T* scratch(int64_t count) {
 // meanwhile: all at once it would take the fill buffers that the products themselves need.
 struct Ahead {
   uint32_t pattern = 0xff;  // in which of eight steps
+  int64_t burst = 0;        // lines at once beside products of tiles, see matrix_gemm.h
   const char* at = nullptr;
   const char* end = nullptr;
   const char* then = nullptr;  // a second region after the first
@@ -90,8 +92,8 @@ struct Ahead {
   int64_t lines_in(int64_t steps) const { return divide_up(steps, 8) * __builtin_popcount(pattern); }
 
   // Where to continue for the next `steps` steps; null when there is nothing left.
-  const char* take(int64_t steps) {
-    const int64_t lines = lines_in(steps);
+  const char* take(int64_t steps) { return take_lines(lines_in(steps)); }
+  const char* take_lines(int64_t lines) {
     if (end - at < lines * 64) {
       if (then == nullptr) return nullptr;
       at = then, end = then_end, then = nullptr;

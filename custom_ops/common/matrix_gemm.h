@@ -99,32 +99,44 @@ void pack(Rows<T> from, bool along, bool right, int64_t lines, int64_t depth, in
 }
 
 // The same two tiles of the left or of the right operand, of one part; all four products of what is there.
-#define ERNIE5_LEFT(part)                \
+#define ERNIE5_LEFT(part)                  \
   _tile_loadd(4, a0 + (part) * kTile, 64); \
-  _tile_loadd(5, a1 + (part) * kTile, 64)
-#define ERNIE5_RIGHT(part)               \
+  if constexpr (both) _tile_loadd(5, a1 + (part) * kTile, 64)
+#define ERNIE5_RIGHT(part)                 \
   _tile_loadd(6, b0 + (part) * kTile, 64); \
   _tile_loadd(7, b1 + (part) * kTile, 64)
-#define ERNIE5_MULTIPLY()  \
-  _tile_dpbf16ps(0, 4, 6); \
-  _tile_dpbf16ps(1, 4, 7); \
-  _tile_dpbf16ps(2, 5, 6); \
-  _tile_dpbf16ps(3, 5, 7)
+#define ERNIE5_MULTIPLY()    \
+  _tile_dpbf16ps(0, 4, 6);   \
+  _tile_dpbf16ps(1, 4, 7);   \
+  if constexpr (both) {      \
+    _tile_dpbf16ps(2, 5, 6); \
+    _tile_dpbf16ps(3, 5, 7); \
+  }                          \
+  if constexpr (ahead) {     \
+    for (int64_t line = 0; line < burst; ++line) __builtin_prefetch(soon, 0, 2), soon += 64; \
+  }
+template <class T>
+constexpr int64_t kMultiplies = std::is_same_v<T, float> ? 6 : 1;  // in a step of 32 values of the summed axis
 
-// sums (2 x 2 tiles, one after the other) = or, if `more`, += the product of two left and two right tiles' lines.
-template <int parts>
+// sums (2 x 2 tiles, one after the other) = or, if `more`, += the product of two left and two right tiles' lines; of
+// the first left one alone if not `both`. `ahead`: asks for `burst` lines from `soon` on beside every multiplication.
+template <int parts, bool both, bool ahead>
 inline void square(const uint32_t* a0, const uint32_t* a1, const uint32_t* b0, const uint32_t* b1, int64_t deep,
-                   bool more, float* sums) {
+                   bool more, float* sums, const char* soon, int64_t burst) {
   if (more) {
     _tile_loadd(0, sums, 64);
     _tile_loadd(1, sums + kTile, 64);
-    _tile_loadd(2, sums + 2 * kTile, 64);
-    _tile_loadd(3, sums + 3 * kTile, 64);
+    if constexpr (both) {
+      _tile_loadd(2, sums + 2 * kTile, 64);
+      _tile_loadd(3, sums + 3 * kTile, 64);
+    }
   } else {
     _tile_zero(0);
     _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+    if constexpr (both) {
+      _tile_zero(2);
+      _tile_zero(3);
+    }
   }
   for (int64_t k = 0; k < deep; ++k) {
     ERNIE5_LEFT(0);
@@ -148,8 +160,10 @@ inline void square(const uint32_t* a0, const uint32_t* a1, const uint32_t* b0, c
   }
   _tile_stored(0, sums, 64);
   _tile_stored(1, sums + kTile, 64);
-  _tile_stored(2, sums + 2 * kTile, 64);
-  _tile_stored(3, sums + 3 * kTile, 64);
+  if constexpr (both) {
+    _tile_stored(2, sums + 2 * kTile, 64);
+    _tile_stored(3, sums + 3 * kTile, 64);
+  }
 }
 #undef ERNIE5_LEFT
 #undef ERNIE5_RIGHT
@@ -159,10 +173,10 @@ constexpr int64_t kRowsAtOnce = 512, kColumnsAtOnce = 512;
 template <class T>
 constexpr int64_t kDepthAtOnce = std::is_same_v<T, float> ? 128 : 512;
 
-// Rows [m0, m1) and columns [n0, n1) of C, written past the caches if `through`.
+// Rows [m0, m1) and columns [n0, n1) of C, written past the caches if `through`. `ahead` is asked for meanwhile.
 template <class T>
 void block_product(Form form, Rows<T> a, Rows<T> b, int64_t m0, int64_t m1, int64_t n0, int64_t n1, int64_t K, T* c,
-                   int64_t ldc, bool through) {
+                   int64_t ldc, bool through, Ahead& ahead) {
   constexpr int parts = kParts<T>;
   constexpr int64_t depth_most = kDepthAtOnce<T>;
   const int64_t rows = m1 - m0, columns = n1 - n0, down = round_up(rows, 32), across = round_up(columns, 32);
@@ -180,7 +194,15 @@ void block_product(Form form, Rows<T> a, Rows<T> b, int64_t m0, int64_t m1, int6
       const uint32_t* b0 = right + n / 16 * block;
       for (int64_t m = 0; m < down; m += 32) {
         const uint32_t* a0 = left + m / 16 * block;
-        square<parts>(a0, a0 + block, b0, b0 + block, deep, k0 > 0, sums + n * down + m * 32);
+        const char* soon = ahead.burst > 0 ? ahead.take_lines(ahead.burst * deep * kMultiplies<T>) : nullptr;
+        auto one = [&](auto both, auto asks) {
+          square<parts, both.value, asks.value>(a0, a0 + block, b0, b0 + block, deep, k0 > 0, sums + n * down + m * 32,
+                                                soon, ahead.burst);
+        };
+        const std::true_type yes;
+        const std::false_type no;
+        if (rows - m > 16) soon != nullptr ? one(yes, yes) : one(yes, no);
+        else soon != nullptr ? one(no, yes) : one(no, no);
       }
     }
   }
@@ -222,8 +244,8 @@ bool matrix_gemm([[maybe_unused]] Form form, [[maybe_unused]] int64_t M, [[maybe
   parallel_for(down * across, [&](int64_t task, int) {
     MatrixUnit unit;
     const int64_t m0 = task % down * height, n0 = task / down * width;
-    amx::block_product(form, a, b, m0, std::min(M, m0 + height), n0, std::min(N, n0 + width), K, c, ldc,
-                       false);
+    Ahead none;
+    amx::block_product(form, a, b, m0, std::min(M, m0 + height), n0, std::min(N, n0 + width), K, c, ldc, false, none);
   });
   return true;
 #else
@@ -236,14 +258,15 @@ template <class T>
 bool thread_gemm([[maybe_unused]] const MatrixUnit& unit, [[maybe_unused]] Form form, [[maybe_unused]] int64_t M,
                  [[maybe_unused]] int64_t N, [[maybe_unused]] int64_t K, [[maybe_unused]] Rows<T> a,
                  [[maybe_unused]] Rows<T> b, [[maybe_unused]] T* c, [[maybe_unused]] int64_t ldc,
-                 [[maybe_unused]] bool through) {
+                 [[maybe_unused]] bool through, [[maybe_unused]] Ahead& ahead) {
 #if defined(ERNIE5_AMX)
   if constexpr (std::is_same_v<T, float>) {
     constexpr int64_t kRows = amx::kRowsAtOnce, kColumns = amx::kColumnsAtOnce;
     if (!unit.on || std::min({M, N, K}) < 64) return false;  // packing would cost more than is saved
     for (int64_t m = 0; m < M; m += kRows) {
       for (int64_t n = 0; n < N; n += kColumns) {
-        amx::block_product(form, a, b, m, std::min(M, m + kRows), n, std::min(N, n + kColumns), K, c, ldc, through);
+        amx::block_product(form, a, b, m, std::min(M, m + kRows), n, std::min(N, n + kColumns), K, c, ldc, through,
+                           ahead);
       }
     }
     return true;

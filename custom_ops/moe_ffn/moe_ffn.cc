@@ -75,9 +75,12 @@ void run_tasks(const Layer<T>& layer, const std::vector<Task>& tasks, bool backw
       ahead.then = backward ? down(next->expert) : gate_up(next->expert);
       ahead.then_end = ahead.then + first;
     }
-    // Three lines for every 16 values of a matrix; forward products take 3 / 32 steps for them in each tile of rows, the
-    // backward ones twice that, but not all of them take any along.
-    ahead.spread(backward ? 3 : 4, 2 * std::max<int64_t>(1, divide_up(task.end - task.begin, kTileRows)));
+    // Three lines for every 16 values of a matrix; forward products take 3 / 2 steps for them in each tile of rows, the
+    // backward ones twice that, but not all of them take any along. On the matrix unit they take three steps of six
+    // multiplications for every 2^15 values and row.
+    const int64_t rows = std::max<int64_t>(1, task.end - task.begin);
+    ahead.spread(backward ? 3 : 4, 2 * divide_up(rows, kTileRows));
+    ahead.burst = std::max<int64_t>(1, (1 << 15) / 16 / 6 / (backward ? 2 : 1) / rows);
     return ahead;
   };
   const int threads = static_cast<int>(std::min<int64_t>(num_threads(), count));
@@ -117,39 +120,57 @@ GateUp<T> pack_gate_up(Rows<T> from, int64_t dim, int64_t width, Unit<T>* to) {
 
 // ------------------------------------------------------------------------------------------------------- forward
 
+// Calls finish(i, j, columns, gate, up) for every panel j of a row i of the task: x gate_up, the columns of gate and
+// those of up.
+template <class T, class Finish>
+void multiply_gate_up(const Layer<T>& layer, const Task& task, Ahead& ahead, const MatrixUnit& unit, Finish finish) {
+  const int64_t count = task.end - task.begin, dim = layer.dim, width = layer.width;
+  const Rows<T> x_rows = layer.of_tokens(layer.x, task.begin), gate_up = layer.gate_up_of(task.expert);
+  T* both = scratch<T, 6>(count * 2 * width);
+  if (thread_gemm(unit, Form::NN, count, 2 * width, dim, x_rows, gate_up, both, 2 * width, false, ahead)) {
+    for (int64_t i = 0; i < count; ++i) {
+      const T* row = both + i * 2 * width;
+      for (int64_t j = 0; j < width; j += kPanel) {
+        const int64_t columns = std::min(kPanel, width - j);
+        finish(i, j, columns, get(row + j, columns), get(row + width + j, columns));
+      }
+    }
+    return;
+  }
+  Left<T> x = pack_left(x_rows, count, dim, scratch<Unit<T>, 0>(left_size<T>(count, dim)));
+  GateUp<T> b = pack_gate_up(gate_up, dim, width, scratch<Unit<T>, 1>(2 * right_size<T>(dim, width)));
+  for (int64_t j = 0; j < width; j += kPanel) {
+    const int64_t columns = std::min(kPanel, width - j);
+    multiply<T>(unit, count, x, packed_units<T>(dim), b.gate[j / kPanel], b.up[j / kPanel], b.gate.stride, ahead,
+                [=](int64_t i, f32x16 gate, f32x16 up) { finish(i, j, columns, gate, up); });
+  }
+}
+
 // hidden (or null) and out begin at the task's first row.
 template <class T>
 void forward_task(const Layer<T>& layer, const Task& task, Ahead& ahead, const MatrixUnit& unit, T* hidden, T* out) {
   const int64_t count = task.end - task.begin, dim = layer.dim, width = layer.width;
   const bool through = layer.through();
   if (count == 0) return;
-  Left<T> x =
-      pack_left(layer.of_tokens(layer.x, task.begin), count, dim, scratch<Unit<T>, 0>(left_size<T>(count, dim)));
-  GateUp<T> b = pack_gate_up(layer.gate_up_of(task.expert), dim, width,
-                             scratch<Unit<T>, 1>(2 * right_size<T>(dim, width)));
   // What silu(g) * u goes to is the left operand of the next product, padded like one.
   const int64_t inner = packed_units<T>(width), stride = spread(inner);
   auto* active = scratch<Unit<T>, 2>(padded_rows<T>(count) * stride);
   const int64_t padding = stride * kPerUnit<T>;  // row stride of `active` in values
-  for (int64_t j = 0; j < width; j += kPanel) {
-    const int64_t columns = std::min(kPanel, width - j);
-    multiply<T>(unit, count, x, packed_units<T>(dim), b.gate[j / kPanel], b.up[j / kPanel], b.gate.stride, ahead,
-                [=](int64_t i, f32x16 gate, f32x16 up) {
-                  if (hidden != nullptr) {
-                    put_through(hidden + i * 2 * width + j, gate, columns, through);
-                    put_through(hidden + i * 2 * width + width + j, up, columns, through);
-                  }
-                  // Columns past the width are zero, in both factors.
-                  store(reinterpret_cast<T*>(active) + i * padding + j, gate * sigmoid(gate) * up);
-                });
-  }
+  multiply_gate_up(layer, task, ahead, unit, [=](int64_t i, int64_t j, int64_t columns, f32x16 gate, f32x16 up) {
+    if (hidden != nullptr) {
+      put_through(hidden + i * 2 * width + j, gate, columns, through);
+      put_through(hidden + i * 2 * width + width + j, up, columns, through);
+    }
+    // Columns past the width are zero, in both factors.
+    store(reinterpret_cast<T*>(active) + i * padding + j, gate * sigmoid(gate) * up);
+  });
   if (inner * kPerUnit<T> > round_up(width, kPanel)) {
     for (int64_t i = 0; i < count; ++i) {
       store(reinterpret_cast<T*>(active) + i * padding + round_up(width, kPanel), f32x16{});
     }
   }
   if (thread_gemm(unit, Form::NN, count, dim, width, Rows<T>{reinterpret_cast<const T*>(active), padding},
-                  layer.down_of(task.expert), out, dim, through)) {
+                  layer.down_of(task.expert), out, dim, through, ahead)) {
     return;
   }
   Right<T> down = pack_right(layer.down_of(task.expert), width, dim, scratch<Unit<T>, 1>(right_size<T>(width, dim)));
@@ -224,39 +245,57 @@ struct Halfway {
   int64_t grad_stride, active_stride;
 };
 
+// Calls finish(i, j, columns, grad) for every panel j of a row i of the task: dy down^T, the gradient of the activation.
+template <class T, class Finish>
+void multiply_down(const Layer<T>& layer, const Task& task, Ahead& ahead, const MatrixUnit& unit, Left<T> dy,
+                   Finish finish) {
+  const int64_t count = task.end - task.begin, dim = layer.dim, width = layer.width;
+  const Rows<T> dy_rows{reinterpret_cast<const T*>(dy.data), dy.row * kPerUnit<T>};
+  T* grad = scratch<T, 6>(count * width);
+  if (thread_gemm(unit, Form::NT, count, width, dim, dy_rows, layer.down_of(task.expert), grad, width, false, ahead)) {
+    for (int64_t i = 0; i < count; ++i) {
+      for (int64_t j = 0; j < width; j += kPanel) {
+        const int64_t columns = std::min(kPanel, width - j);
+        finish(i, j, columns, get(grad + i * width + j, columns));
+      }
+    }
+    return;
+  }
+  Right<T> down = pack_right_transposed(layer.down_of(task.expert), dim, width,
+                                        scratch<Unit<T>, 1>(right_size<T>(dim, width)));
+  for (int64_t j = 0; j < width; j += 2 * kPanel) {
+    const int64_t first = std::min(kPanel, width - j), second = std::min(kPanel, width - j - first);
+    const Unit<T>* b0 = down[j / kPanel];
+    multiply<T>(unit, count, dy, packed_units<T>(dim), b0, second > 0 ? down[j / kPanel + 1] : b0, down.stride, ahead,
+                [=](int64_t i, f32x16 p, f32x16 q) {
+                  finish(i, j, first, p);
+                  if (second > 0) finish(i, j + kPanel, second, q);
+                });
+  }
+}
+
 // Fills `half` and the weights' gradient of the task's rows.
 template <class T>
 void backward_activation(const Layer<T>& layer, const Gradients<T>& grads, const Task& task, Ahead& ahead,
                          const MatrixUnit& unit, Left<T> dy, const Halfway<T>& half) {
-  const int64_t count = task.end - task.begin, dim = layer.dim, width = layer.width;
-  Right<T> down = pack_right_transposed(layer.down_of(task.expert), dim, width,
-                                        scratch<Unit<T>, 1>(right_size<T>(dim, width)));
+  const int64_t count = task.end - task.begin, width = layer.width;
   f32x16* dots = reinterpret_cast<f32x16*>(scratch<float, 3>(count * 16));
   for (int64_t i = 0; i < count; ++i) dots[i] = f32x16{};
   const T* hidden = grads.hidden + task.begin * 2 * width;
   const float* weights = layer.weights;
   const int32_t* order = layer.weights != nullptr ? layer.order + task.begin : nullptr;
-  for (int64_t j = 0; j < width; j += 2 * kPanel) {
-    const int64_t first = std::min(kPanel, width - j), second = std::min(kPanel, width - j - first);
-    const Unit<T>* b0 = down[j / kPanel];
-    auto one = [=](int64_t i, int64_t at, f32x16 grad, int64_t columns) {
-      f32x16 gate = get(hidden + i * 2 * width + at, columns), up = get(hidden + i * 2 * width + width + at, columns);
-      f32x16 s = sigmoid(gate), silu = gate * s, active = silu * up;
-      dots[i] += grad * active;
-      if (weights != nullptr) {
-        const float weight = weights[order[i]];
-        grad *= weight, active *= weight;
-      }
-      put(half.grad_hidden + i * half.grad_stride + at, grad * up * s * (1.0f + gate - silu), columns);
-      put(half.grad_hidden + i * half.grad_stride + width + at, grad * silu, columns);
-      put(half.active + i * half.active_stride + at, active, columns);
-    };
-    multiply<T>(unit, count, dy, packed_units<T>(dim), b0, second > 0 ? down[j / kPanel + 1] : b0, down.stride, ahead,
-                [=](int64_t i, f32x16 p, f32x16 q) {
-                  one(i, j, p, first);
-                  if (second > 0) one(i, j + kPanel, q, second);
-                });
-  }
+  multiply_down(layer, task, ahead, unit, dy, [=](int64_t i, int64_t j, int64_t columns, f32x16 grad) {
+    f32x16 gate = get(hidden + i * 2 * width + j, columns), up = get(hidden + i * 2 * width + width + j, columns);
+    f32x16 s = sigmoid(gate), silu = gate * s, active = silu * up;
+    dots[i] += grad * active;
+    if (weights != nullptr) {
+      const float weight = weights[order[i]];
+      grad *= weight, active *= weight;
+    }
+    put(half.grad_hidden + i * half.grad_stride + j, grad * up * s * (1.0f + gate - silu), columns);
+    put(half.grad_hidden + i * half.grad_stride + width + j, grad * silu, columns);
+    put(half.active + i * half.active_stride + j, active, columns);
+  });
   if (grads.weights == nullptr) return;
   for (int64_t i = 0; i < count; ++i) grads.weights[layer.order[task.begin + i]] = sum(dots[i]);
 }
@@ -269,7 +308,7 @@ void backward_input(const Layer<T>& layer, const Gradients<T>& grads, const Task
   const bool through = layer.through();
   T* out = grads.rows + task.begin * dim;
   if (thread_gemm(unit, Form::NT, count, dim, both, Rows<T>{half.grad_hidden, half.grad_stride},
-                  layer.gate_up_of(task.expert), out, dim, through)) {
+                  layer.gate_up_of(task.expert), out, dim, through, ahead)) {
     return;
   }
   Right<T> gate_up = pack_right_transposed(layer.gate_up_of(task.expert), both, dim,
@@ -291,7 +330,7 @@ void backward_input(const Layer<T>& layer, const Gradients<T>& grads, const Task
 template <class T>
 void small_gradient(const MatrixUnit& unit, Ahead& ahead, Rows<T> a_rows, int64_t M, Rows<T> b_rows, int64_t N,
                     int64_t count, bool through, T* out) {
-  if (thread_gemm(unit, Form::TN, M, N, count, a_rows, b_rows, out, N, through)) return;
+  if (thread_gemm(unit, Form::TN, M, N, count, a_rows, b_rows, out, N, through, ahead)) return;
   Left<T> a = pack_left_columns(a_rows, count, M, scratch<Unit<T>, 2>(left_columns_size<T>(count, M)));
   Right<T> b = pack_right(b_rows, count, N, scratch<Unit<T>, 1>(right_size<T>(count, N)));
   constexpr int64_t kStrip = 96;  // the strip of `a` stays in the first-level cache while the panels of b pass

@@ -37,6 +37,7 @@ SHAPES = [
     (50, 2, 64, 61, 16, "random"),
     (331, 2, 67, 4, 37, "one"),
     (640, 1, 96, 3, 160, "one"),
+    (430, 2, 67, 8, 69, "random"),  # tiles of the matrix unit that are not full, in every direction
 ]
 
 
