@@ -77,9 +77,7 @@ class Machine:
     # What a file may leave out: so it is on GPUs, whose attention runs on the units that multiply, whose operands are
     # within ``efficiency``, and where nobody sleeps until a message comes.
     attention_flops: float = 0.0  # TFLOP/s of one device in q.k and p.v, whatever the precision; 0: as products
-    operand_passes: float = (
-        0.0  # memory is passed so often for a value that a product reads or writes; 0: see efficiency
-    )
+    operand_passes: float = 0.0  # passes of memory for a value that a product reads or writes; 0: see efficiency
     lone_core: float = 1.0  # share of memory_bandwidth that a process with one core reaches outside products
     wake_up: float = 0.0  # seconds more of a message where its ranks computed before it
     precision: str = "float32"  # in which a plan has it compute; no key of the file

@@ -32,9 +32,8 @@ FORWARD_PASSES, BACKWARD_PASSES = 2, 3
 # Of the gradient of the token table, which each look-up makes (cleared, which fetches it first) and adds (two read, one
 # written) and each head adds.
 LOOK_UP_PASSES, HEAD_PASSES = 5, 3
-# Over the experts' weights and gradients for an expert sub-batch more: the new gradient is written, read, and added;
-# weights are read in two forward passes and for the inputs' gradient, beside which they get the product of their own.
-SUM_PASSES, WEIGHT_PRODUCTS = 4, 4
+# Over the experts' gradients for an expert sub-batch more: the new one is written, read, and added.
+SUM_PASSES = 4
 # Over the logits beyond these where ranks share the vocabulary, by operator (ernie5/parallel/gloo.py): maximum,
 # difference, exponential, sum, quotient; then one-hot labels, masked, subtracted, scaled. These are 19, but maximum and
 # exponential compute for longer: in profiles on two cores all took as long as 44 and 46 (logits of 33 and 17 MB).
@@ -103,9 +102,11 @@ def _compute(config: Config, layout: Layout, machine: Machine, stage: int) -> fl
         flops += local * 3 * head_flops(model)
         values += 3 * head_operands(model, layout, local)
     if 0 < model.moe_sub_batch < local:
+        # Experts run forward once more than their block, which may be computed again itself.
         flops += local * (blocks + ahead) * expert_flops(model)
-        again = (_sub_batches(config, local) - 1) * WEIGHT_PRODUCTS * held_by_block(model, layout).experts
-        values += (blocks + ahead) * (expert_operands(model, layout, local) + again)
+        values += (blocks + ahead) * expert_operands(model, layout, local)
+        again = (_sub_batches(config, local) - 1) * held_by_block(model, layout).experts
+        values += ((passes + 1) * blocks + 4 * ahead) * again
     bandwidth, size = machine.bandwidth_of_process(layout.world), machine.bytes_of
     seconds = flops / machine.flops_of_process(layout.world)
     seconds += machine.operand_passes * values * size.activation / bandwidth
@@ -146,7 +147,7 @@ def _traffic(config: Config, layout: Layout, machine: Machine, stage: int) -> fl
     seconds = machine.seconds_of_passes(passed, layout.world)
     if memory.sub_batched:
         parts, passes = _sub_batches(config, memory.local), SUM_PASSES
-        passes += 0 if machine.operand_passes else WEIGHT_PRODUCTS - 1
+        passes += 0 if machine.operand_passes else 3 + config.model.recompute  # forward, and for the inputs' gradient
         experts = memory.block.experts * machine.bytes_of.parameter
         bandwidth = machine.bandwidth_of_process(layout.world)
         seconds += (parts - 1) * blocks * passes * experts / bandwidth
