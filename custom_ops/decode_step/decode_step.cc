@@ -148,7 +148,7 @@ void multiply_on_unit(const void* matrix, int64_t columns, const float* const* x
 }
 
 // Whether the matrix unit serves a step of so many tokens.
-bool on_unit(bool half, int64_t tokens) {
+bool on_unit([[maybe_unused]] bool half, [[maybe_unused]] int64_t tokens) {
 #if defined(ERNIE5_AMX)
   return half && tokens >= amx::kFew && has_matrix_unit();
 #else

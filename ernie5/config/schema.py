@@ -162,10 +162,8 @@ class ParallelConfig:
     dispatcher: str = "all_to_all"  # local | all_to_all | all_to_all_overlapped | deepep; expert = 1 is always local
     dispatch_chunks: int = 4  # parts in which all_to_all_overlapped moves the tokens
     timeout_seconds: float = 600.0  # how long a rank may keep others waiting; six times that at the start and in saving
-    active_wait: bool = (
-        True  # on CPUs with a rank for every core: those that wait keep their cores awake, at the lowest
-    )
-    # priority (ernie5/parallel/awake.py)
+    # On CPUs, with as many ranks on a host as cores: each has a core of its own, kept awake (ernie5/parallel/awake.py).
+    active_wait: bool = True
 
 
 @dataclass

@@ -113,14 +113,15 @@ def matrix_unit() -> bool:
     return path is not None and bool(ctypes.CDLL(str(path)).ernie5_has_matrix_unit())
 
 
-def keep_awake(on: bool = True) -> None:
+def keep_awake(on: bool = True) -> bool:
     """A thread of the lowest priority keeps this process's core from falling asleep while it waits, or no longer does.
 
-    Nothing happens without the compiled library.
+    False without the compiled library, which has that thread.
     """
     path = library().path
     if path is not None:
         ctypes.CDLL(str(path)).ernie5_keep_awake(int(on))
+    return path is not None
 
 
 def serves(name: str, *tensors: paddle.Tensor) -> bool:
