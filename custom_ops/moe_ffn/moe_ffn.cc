@@ -399,29 +399,40 @@ void backward_split_weights(const Layer<T>& layer, const Gradients<T>& grads, co
     int64_t expert, m, n;
     bool down;
   };
-  constexpr int64_t kRows = 256, kColumns = 256;
   const int64_t dim = layer.dim, width = layer.width;
   std::vector<Block> blocks;
-  for (const Task& task : tasks) {
-    if (task.whole || task.begin != layer.begin(task.expert)) continue;
-    for (int64_t m = 0; m < dim; m += kRows) {
-      for (int64_t n = 0; n < 2 * width; n += kColumns) blocks.push_back({task.expert, m, n, false});
+  auto cut = [&](int64_t side) {  // all of them into blocks of at most side x side
+    blocks.clear();
+    for (const Task& task : tasks) {
+      if (task.whole || task.begin != layer.begin(task.expert)) continue;
+      for (int64_t m = 0; m < dim; m += side) {
+        for (int64_t n = 0; n < 2 * width; n += side) blocks.push_back({task.expert, m, n, false});
+      }
+      for (int64_t m = 0; m < width; m += side) {
+        for (int64_t n = 0; n < dim; n += side) blocks.push_back({task.expert, m, n, true});
+      }
     }
-    for (int64_t m = 0; m < width; m += kRows) {
-      for (int64_t n = 0; n < dim; n += kColumns) blocks.push_back({task.expert, m, n, true});
-    }
-  }
+  };
+  // The matrix unit computes fast enough for packing to count; small blocks share out evenly.
+  int64_t side = std::is_same_v<T, float> && has_matrix_unit() ? 512 : 256;
+  cut(side);
+  if (static_cast<int64_t>(blocks.size()) < 8 * num_threads()) cut(side = 256);
   parallel_for(static_cast<int64_t>(blocks.size()), [&](int64_t i, int) {
     MatrixUnit unit;
+    Ahead none;
     const Block& block = blocks[static_cast<size_t>(i)];
     const int64_t first = layer.begin(block.expert), count = layer.end(block.expert) - first;
     const int64_t M = block.down ? width : dim, N = block.down ? dim : 2 * width;
+    const int64_t m1 = std::min(M, block.m + side), n1 = std::min(N, block.n + side);
     Halfway<T> half = in_work(layer, grads, first);
     Rows<T> a = block.down ? Rows<T>{half.active, half.active_stride} : layer.of_tokens(layer.x, first);
     Rows<T> b = block.down ? layer.of_tokens(grads.grad_y, first) : Rows<T>{half.grad_hidden, half.grad_stride};
     T* out = (block.down ? grads.down : grads.gate_up) + block.expert * M * N;
-    gemm_block(unit, Form::TN, a, b, block.m, std::min(M, block.m + kRows), block.n, std::min(N, block.n + kColumns),
-               count, out, N);
+    if (thread_gemm(unit, Form::TN, m1 - block.m, n1 - block.n, count, a.column(block.m), b.column(block.n),
+                    out + block.m * N + block.n, N, false, none)) {
+      return;
+    }
+    gemm_block(unit, Form::TN, a, b, block.m, m1, block.n, n1, count, out, N);
   });
 }
 

@@ -38,6 +38,7 @@ SHAPES = [
     (331, 2, 67, 4, 37, "one"),
     (640, 1, 96, 3, 160, "one"),
     (430, 2, 67, 8, 69, "random"),  # tiles of the matrix unit that are not full, in every direction
+    (2700, 1, 65, 9, 290, "random"),  # experts that are split, their gradients of weights in blocks of either size
 ]
 
 
