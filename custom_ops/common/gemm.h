@@ -16,6 +16,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <type_traits>
+#include <vector>
 
 #include "common/parallel.h"
 #include "common/simd.h"
@@ -568,12 +569,24 @@ enum class Form { NN, NT, TN };
 
 constexpr int64_t kBlockRows = 192, kBlockColumns = 256, kBlockDepth = 384;
 
-// One block of C: rows [m0, m1), columns [n0, n1).
+// One of the products that add up to C.
 template <class T>
-void gemm_block(const MatrixUnit& unit, Form form, Rows<T> a, Rows<T> b, int64_t m0, int64_t m1, int64_t n0, int64_t n1,
-                int64_t K, T* c, int64_t ldc) {
+struct Term {
+  Rows<T> a, b;
+  int64_t K;
+};
+
+// One block of C, the sum of the terms: rows [m0, m1), columns [n0, n1).
+template <class T>
+void gemm_block(const MatrixUnit& unit, Form form, const std::vector<Term<T>>& terms, int64_t m0, int64_t m1,
+                int64_t n0, int64_t n1, T* c, int64_t ldc) {
   const int64_t rows = m1 - m0, columns = n1 - n0;
-  const int64_t depth_max = std::min(K, kBlockDepth);
+  size_t final = 0;  // the last term with anything in it, if there is one
+  int64_t depth_max = 0;
+  for (size_t t = 0; t < terms.size(); ++t) {
+    if (terms[t].K > 0) final = t;
+    depth_max = std::max(depth_max, std::min(terms[t].K, kBlockDepth));
+  }
   auto* left = scratch<Unit<T>, 100>(std::max(left_size<T>(rows, depth_max), left_columns_size<T>(depth_max, rows)));
   auto* right = scratch<Unit<T>, 101>(right_size<T>(depth_max, columns));
   constexpr bool direct = std::is_same_v<T, float>;
@@ -585,29 +598,34 @@ void gemm_block(const MatrixUnit& unit, Form form, Rows<T> a, Rows<T> b, int64_t
     stride = round_up(columns, 16), sums = scratch<float, 102>(rows * stride);
   }
   Ahead ahead;
-  for (int64_t k0 = 0; k0 < K || k0 == 0; k0 += kBlockDepth) {
-    const int64_t depth = std::min(kBlockDepth, K - k0), units = packed_units<T>(depth);
-    Left<T> x = form == Form::TN ? pack_left_columns(a.from(k0).column(m0), depth, rows, left)
-                                 : pack_left(a.from(m0).column(k0), rows, depth, left);
-    Right<T> y = form == Form::NT ? pack_right_transposed(b.from(n0).column(k0), depth, columns, right)
-                                  : pack_right(b.from(k0).column(n0), depth, columns, right, rows <= 2 * kTileRows);
-    const bool more = k0 > 0, last = k0 + kBlockDepth >= K;
-    for (int64_t j = 0; j < columns; j += 2 * kPanel) {
-      const int64_t first = std::min(kPanel, columns - j), second = std::min(kPanel, columns - j - first);
-      const Unit<T>* b0 = y[j / kPanel];
-      multiply<T>(unit, rows, x, units, b0, second > 0 ? y[j / kPanel + 1] : b0, y.stride, ahead,
-                  [=](int64_t i, f32x16 p, f32x16 q) {
-                    float* to = sums + i * stride + j;
-                    if (more) p += get(to, first), q += get(to + kPanel, second);
-                    if constexpr (!direct) {
-                      if (last) {
-                        T* out = c + (m0 + i) * ldc + n0 + j;
-                        put(out, p, first), put(out + kPanel, q, second);
-                        return;
+  bool more = false;
+  for (size_t t = 0; t <= final; ++t) {
+    const auto [a, b, K] = terms[t];
+    for (int64_t k0 = 0; k0 < K || (k0 == 0 && t == final); k0 += kBlockDepth) {  // zeros where all terms are empty
+      const int64_t depth = std::min(kBlockDepth, K - k0), units = packed_units<T>(depth);
+      Left<T> x = form == Form::TN ? pack_left_columns(a.from(k0).column(m0), depth, rows, left)
+                                   : pack_left(a.from(m0).column(k0), rows, depth, left);
+      Right<T> y = form == Form::NT ? pack_right_transposed(b.from(n0).column(k0), depth, columns, right)
+                                    : pack_right(b.from(k0).column(n0), depth, columns, right, rows <= 2 * kTileRows);
+      const bool last = t == final && k0 + kBlockDepth >= K;
+      for (int64_t j = 0; j < columns; j += 2 * kPanel) {
+        const int64_t first = std::min(kPanel, columns - j), second = std::min(kPanel, columns - j - first);
+        const Unit<T>* b0 = y[j / kPanel];
+        multiply<T>(unit, rows, x, units, b0, second > 0 ? y[j / kPanel + 1] : b0, y.stride, ahead,
+                    [=](int64_t i, f32x16 p, f32x16 q) {
+                      float* to = sums + i * stride + j;
+                      if (more) p += get(to, first), q += get(to + kPanel, second);
+                      if constexpr (!direct) {
+                        if (last) {
+                          T* out = c + (m0 + i) * ldc + n0 + j;
+                          put(out, p, first), put(out + kPanel, q, second);
+                          return;
+                        }
                       }
-                    }
-                    put(to, p, first), put(to + kPanel, q, second);
-                  });
+                      put(to, p, first), put(to + kPanel, q, second);
+                    });
+      }
+      more = true;
     }
   }
 }
@@ -628,7 +646,7 @@ void gemm(Form form, int64_t M, int64_t N, int64_t K, Rows<T> a, Rows<T> b, T* c
   parallel_for(down * across, [&](int64_t task, int) {
     MatrixUnit unit;
     const int64_t m0 = task % down * block_rows, n0 = task / down * block_columns;
-    gemm_block(unit, form, a, b, m0, std::min(M, m0 + block_rows), n0, std::min(N, n0 + block_columns), K, c, ldc);
+    gemm_block(unit, form, {{a, b, K}}, m0, std::min(M, m0 + block_rows), n0, std::min(N, n0 + block_columns), c, ldc);
   });
 }
 

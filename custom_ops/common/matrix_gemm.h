@@ -173,9 +173,10 @@ constexpr int64_t kRowsAtOnce = 512, kColumnsAtOnce = 512;
 template <class T>
 constexpr int64_t kDepthAtOnce = std::is_same_v<T, float> ? 128 : 512;
 
-// Rows [m0, m1) and columns [n0, n1) of C, written past the caches if `through`. `ahead` is asked for meanwhile.
+// Rows [m0, m1) and columns [n0, n1) of C, the sum of the terms, written past the caches if `through`. `ahead` is asked
+// for meanwhile.
 template <class T>
-void block_product(Form form, Rows<T> a, Rows<T> b, int64_t m0, int64_t m1, int64_t n0, int64_t n1, int64_t K, T* c,
+void block_product(Form form, const std::vector<Term<T>>& terms, int64_t m0, int64_t m1, int64_t n0, int64_t n1, T* c,
                    int64_t ldc, bool through, Ahead& ahead) {
   constexpr int parts = kParts<T>;
   constexpr int64_t depth_most = kDepthAtOnce<T>;
@@ -184,28 +185,33 @@ void block_product(Form form, Rows<T> a, Rows<T> b, int64_t m0, int64_t m1, int6
   auto* left = scratch<uint32_t, 110>(down / 16 * block);
   auto* right = scratch<uint32_t, 111>(across / 16 * block);
   auto* sums = scratch<float, 112>(down * across);
-  for (int64_t k0 = 0; k0 < K || k0 == 0; k0 += depth_most) {
-    const int64_t depth = std::min(depth_most, K - k0), deep = divide_up(depth, kDeep);
-    const bool a_along = form != Form::TN, b_along = form == Form::NT;
-    pack(a_along ? a.from(m0).column(k0) : a.from(k0).column(m0), a_along, false, rows, depth, block, left);
-    pack(b_along ? b.from(n0).column(k0) : b.from(k0).column(n0), b_along, true, columns, depth, block, right);
-    __asm__ volatile("" ::: "memory");  // the compiler does not know that tiles are loaded from memory
-    for (int64_t n = 0; n < across; n += 32) {
-      const uint32_t* b0 = right + n / 16 * block;
-      for (int64_t m = 0; m < down; m += 32) {
-        const uint32_t* a0 = left + m / 16 * block;
-        const char* soon = ahead.burst > 0 ? ahead.take_lines(ahead.burst * deep * kMultiplies<T>) : nullptr;
-        auto one = [&](auto both, auto asks) {
-          square<parts, both.value, asks.value>(a0, a0 + block, b0, b0 + block, deep, k0 > 0, sums + n * down + m * 32,
-                                                soon, ahead.burst);
-        };
-        const std::true_type yes;
-        const std::false_type no;
-        if (rows - m > 16) soon != nullptr ? one(yes, yes) : one(yes, no);
-        else soon != nullptr ? one(no, yes) : one(no, no);
+  bool more = false;
+  for (const auto& [a, b, K] : terms) {
+    for (int64_t k0 = 0; k0 < K; k0 += depth_most) {
+      const int64_t depth = std::min(depth_most, K - k0), deep = divide_up(depth, kDeep);
+      const bool a_along = form != Form::TN, b_along = form == Form::NT;
+      pack(a_along ? a.from(m0).column(k0) : a.from(k0).column(m0), a_along, false, rows, depth, block, left);
+      pack(b_along ? b.from(n0).column(k0) : b.from(k0).column(n0), b_along, true, columns, depth, block, right);
+      __asm__ volatile("" ::: "memory");  // the compiler does not know that tiles are loaded from memory
+      for (int64_t n = 0; n < across; n += 32) {
+        const uint32_t* b0 = right + n / 16 * block;
+        for (int64_t m = 0; m < down; m += 32) {
+          const uint32_t* a0 = left + m / 16 * block;
+          const char* soon = ahead.burst > 0 ? ahead.take_lines(ahead.burst * deep * kMultiplies<T>) : nullptr;
+          auto one = [&](auto both, auto asks) {
+            square<parts, both.value, asks.value>(a0, a0 + block, b0, b0 + block, deep, more, sums + n * down + m * 32,
+                                                  soon, ahead.burst);
+          };
+          const std::true_type yes;
+          const std::false_type no;
+          if (rows - m > 16) soon != nullptr ? one(yes, yes) : one(yes, no);
+          else soon != nullptr ? one(no, yes) : one(no, no);
+        }
       }
+      more = true;
     }
   }
+  if (!more) std::memset(sums, 0, static_cast<size_t>(down * across) * sizeof(float));
   for (int64_t i = 0; i < rows; ++i) {
     for (int64_t j = 0; j < columns; j += 16) {
       const float* from = sums + j / 32 * 32 * down + i / 32 * 1024 + i % 32 / 16 * 512 + j % 32 / 16 * 256 + i % 16 * 16;
@@ -245,7 +251,7 @@ bool matrix_gemm([[maybe_unused]] Form form, [[maybe_unused]] int64_t M, [[maybe
     MatrixUnit unit;
     const int64_t m0 = task % down * height, n0 = task / down * width;
     Ahead none;
-    amx::block_product(form, a, b, m0, std::min(M, m0 + height), n0, std::min(N, n0 + width), K, c, ldc, false, none);
+    amx::block_product(form, {{a, b, K}}, m0, std::min(M, m0 + height), n0, std::min(N, n0 + width), c, ldc, false, none);
   });
   return true;
 #else
@@ -253,26 +259,31 @@ bool matrix_gemm([[maybe_unused]] Form form, [[maybe_unused]] int64_t M, [[maybe
 #endif
 }
 
-// The same for the calling thread alone, which holds `unit`: float products, none of whose sizes is small.
+// The same for the calling thread alone, which holds `unit`: sums of float products, none of whose sizes is small.
 template <class T>
 bool thread_gemm([[maybe_unused]] const MatrixUnit& unit, [[maybe_unused]] Form form, [[maybe_unused]] int64_t M,
-                 [[maybe_unused]] int64_t N, [[maybe_unused]] int64_t K, [[maybe_unused]] Rows<T> a,
-                 [[maybe_unused]] Rows<T> b, [[maybe_unused]] T* c, [[maybe_unused]] int64_t ldc,
-                 [[maybe_unused]] bool through, [[maybe_unused]] Ahead& ahead) {
+                 [[maybe_unused]] int64_t N, [[maybe_unused]] const std::vector<Term<T>>& terms, [[maybe_unused]] T* c,
+                 [[maybe_unused]] int64_t ldc, [[maybe_unused]] bool through, [[maybe_unused]] Ahead& ahead) {
 #if defined(ERNIE5_AMX)
   if constexpr (std::is_same_v<T, float>) {
     constexpr int64_t kRows = amx::kRowsAtOnce, kColumns = amx::kColumnsAtOnce;
-    if (!unit.on || std::min({M, N, K}) < 64) return false;  // packing would cost more than is saved
+    int64_t depth = 0;
+    for (const Term<T>& term : terms) depth += term.K;
+    if (!unit.on || std::min({M, N, depth}) < 64) return false;  // packing would cost more than is saved
     for (int64_t m = 0; m < M; m += kRows) {
       for (int64_t n = 0; n < N; n += kColumns) {
-        amx::block_product(form, a, b, m, std::min(M, m + kRows), n, std::min(N, n + kColumns), K, c, ldc, through,
-                           ahead);
+        amx::block_product(form, terms, m, std::min(M, m + kRows), n, std::min(N, n + kColumns), c, ldc, through, ahead);
       }
     }
     return true;
   }
 #endif
   return false;
+}
+template <class T>
+bool thread_gemm(const MatrixUnit& unit, Form form, int64_t M, int64_t N, int64_t K, Rows<T> a, Rows<T> b, T* c,
+                 int64_t ldc, bool through, Ahead& ahead) {
+  return thread_gemm<T>(unit, form, M, N, {{a, b, K}}, c, ldc, through, ahead);
 }
 
 }  // namespace ernie5

@@ -37,18 +37,20 @@ struct Task {
   bool whole;
 };
 
-constexpr int64_t kMaxRows = 256;  // what a task packs of x and of gradients should stay in the second-level cache
-constexpr int64_t kSplitRows = 252;
+// What a task packs of x and of gradients should stay in the second-level cache; on the matrix unit the weights, which
+// each task packs anew, count for more.
+constexpr int64_t kMaxRows = 256, kSplitRows = 252, kMaxRowsPacked = 512;
 
 // One task an expert, or several where an expert has a large share of all rows.
 template <class T>
 std::vector<Task> split(const Layer<T>& layer) {
   std::vector<Task> tasks;
   const int64_t share = layer.rows / (2 * num_threads());
-  const int64_t limit = std::min(kMaxRows, std::max<int64_t>(48, share));
+  const bool packed = std::is_same_v<T, float> && has_matrix_unit();
+  const int64_t limit = std::min(packed ? kMaxRowsPacked : kMaxRows, std::max<int64_t>(48, share));
   for (int64_t expert = 0; expert < layer.experts; ++expert) {
     const int64_t begin = layer.begin(expert), count = layer.end(expert) - begin;
-    const int64_t pieces = count <= limit ? 1 : divide_up(count, std::min(kSplitRows, limit));
+    const int64_t pieces = count <= limit ? 1 : divide_up(count, packed ? limit : std::min(kSplitRows, limit));
     for (int64_t i = 0; i < pieces; ++i) {
       tasks.push_back({expert, begin + count * i / pieces, begin + count * (i + 1) / pieces, pieces == 1});
     }
@@ -392,24 +394,30 @@ void backward_rows(const Layer<T>& layer, const Gradients<T>& grads, const Task&
   backward_input(layer, grads, task, ahead, unit, half);
 }
 
-// The weights' gradients of experts that are split: blocks of them, over all rows of the expert.
+// A layer's rows, or some of them, behind backward_rows.
 template <class T>
-void backward_split_weights(const Layer<T>& layer, const Gradients<T>& grads, const std::vector<Task>& tasks) {
+struct Part {
+  Layer<T> layer;
+  Gradients<T> grads;
+};
+
+// The weights' gradients of some experts: blocks of them, each over all of the expert's rows in all parts.
+template <class T>
+void weight_gradients(const std::vector<Part<T>>& parts, const std::vector<int64_t>& experts, int64_t dim,
+                      int64_t width, T* grad_gate_up, T* grad_down) {
   struct Block {
     int64_t expert, m, n;
     bool down;
   };
-  const int64_t dim = layer.dim, width = layer.width;
   std::vector<Block> blocks;
   auto cut = [&](int64_t side) {  // all of them into blocks of at most side x side
     blocks.clear();
-    for (const Task& task : tasks) {
-      if (task.whole || task.begin != layer.begin(task.expert)) continue;
+    for (int64_t expert : experts) {
       for (int64_t m = 0; m < dim; m += side) {
-        for (int64_t n = 0; n < 2 * width; n += side) blocks.push_back({task.expert, m, n, false});
+        for (int64_t n = 0; n < 2 * width; n += side) blocks.push_back({expert, m, n, false});
       }
       for (int64_t m = 0; m < width; m += side) {
-        for (int64_t n = 0; n < dim; n += side) blocks.push_back({task.expert, m, n, true});
+        for (int64_t n = 0; n < dim; n += side) blocks.push_back({expert, m, n, true});
       }
     }
   };
@@ -421,28 +429,37 @@ void backward_split_weights(const Layer<T>& layer, const Gradients<T>& grads, co
     MatrixUnit unit;
     Ahead none;
     const Block& block = blocks[static_cast<size_t>(i)];
-    const int64_t first = layer.begin(block.expert), count = layer.end(block.expert) - first;
     const int64_t M = block.down ? width : dim, N = block.down ? dim : 2 * width;
-    const int64_t m1 = std::min(M, block.m + side), n1 = std::min(N, block.n + side);
-    Halfway<T> half = in_work(layer, grads, first);
-    Rows<T> a = block.down ? Rows<T>{half.active, half.active_stride} : layer.of_tokens(layer.x, first);
-    Rows<T> b = block.down ? layer.of_tokens(grads.grad_y, first) : Rows<T>{half.grad_hidden, half.grad_stride};
-    T* out = (block.down ? grads.down : grads.gate_up) + block.expert * M * N;
-    if (thread_gemm(unit, Form::TN, m1 - block.m, n1 - block.n, count, a.column(block.m), b.column(block.n),
-                    out + block.m * N + block.n, N, false, none)) {
-      return;
+    const int64_t rows = std::min(side, M - block.m), columns = std::min(side, N - block.n);
+    std::vector<Term<T>> terms;
+    for (const auto& [layer, grads] : parts) {
+      const int64_t first = layer.begin(block.expert), count = layer.end(block.expert) - first;
+      Halfway<T> half = in_work(layer, grads, first);
+      Rows<T> a = block.down ? Rows<T>{half.active, half.active_stride} : layer.of_tokens(layer.x, first);
+      Rows<T> b = block.down ? layer.of_tokens(grads.grad_y, first) : Rows<T>{half.grad_hidden, half.grad_stride};
+      terms.push_back({a.column(block.m), b.column(block.n), count});
     }
-    gemm_block(unit, Form::TN, a, b, block.m, m1, block.n, n1, count, out, N);
+    T* out = (block.down ? grad_down : grad_gate_up) + block.expert * M * N + block.m * N + block.n;
+    if (thread_gemm(unit, Form::TN, rows, columns, terms, out, N, false, none)) return;
+    gemm_block(unit, Form::TN, terms, 0, rows, 0, columns, out, N);
   });
 }
 
+// Without gradients of the weights (null) they are left to weight_gradients, with `work`.
 template <class T>
 void backward(const Layer<T>& layer, const Gradients<T>& grads) {
-  std::vector<Task> tasks = split(layer);
+  const bool rows_alone = grads.gate_up == nullptr;
+  const std::vector<Task> tasks = split(layer);
   run_tasks(layer, tasks, true, [&](const Task& task, Ahead& ahead, const MatrixUnit& unit) {
-    task.whole ? backward_whole(layer, grads, task, ahead, unit) : backward_rows(layer, grads, task, ahead, unit);
+    if (task.whole && !rows_alone) backward_whole(layer, grads, task, ahead, unit);
+    else if (task.begin < task.end) backward_rows(layer, grads, task, ahead, unit);
   });
-  backward_split_weights(layer, grads, tasks);
+  if (rows_alone) return;
+  std::vector<int64_t> of_several;
+  for (const Task& task : tasks) {
+    if (!task.whole && task.begin == layer.begin(task.expert)) of_several.push_back(task.expert);
+  }
+  weight_gradients<T>({{layer, grads}}, of_several, layer.dim, layer.width, grads.gate_up, grads.down);
 }
 
 // ------------------------------------------------------------------------------------------------------ launchers
@@ -473,6 +490,25 @@ void moe_backward(const T* x, const float* weights, const int32_t* order, const 
 }
 
 template <class T>
+void moe_backward_weights(const T* const* x, const T* const* grad_y, const T* const* work, const int32_t* const* order,
+                          const int32_t* const* offsets, const int64_t* tokens, int64_t parts, int64_t top_k,
+                          int64_t dim, int64_t experts, int64_t width, T* grad_gate_up, T* grad_down) {
+  std::vector<Places> places;
+  std::vector<Part<T>> all;
+  for (int64_t p = 0; p < parts; ++p) places.emplace_back(order[p], offsets[p], experts, tokens[p], top_k);
+  for (int64_t p = 0; p < parts; ++p) {
+    const Places& there = places[static_cast<size_t>(p)];
+    Layer<T> layer{x[p], nullptr, nullptr, nullptr, order[p], offsets[p], there.token.data(), there.rows,
+                   dim,  experts, width};
+    Gradients<T> grads{nullptr, grad_y[p], nullptr, nullptr, nullptr, nullptr, const_cast<T*>(work[p])};  // reads it
+    all.push_back({layer, grads});
+  }
+  std::vector<int64_t> every(static_cast<size_t>(experts));
+  for (int64_t e = 0; e < experts; ++e) every[static_cast<size_t>(e)] = e;
+  weight_gradients(all, every, dim, width, grad_gate_up, grad_down);
+}
+
+template <class T>
 Layer<T> dense_layer(const T* x, const T* gate_up, const T* down, int64_t rows, int64_t dim, int64_t width) {
   return {x, gate_up, down, nullptr, nullptr, nullptr, nullptr, rows, dim, 1, width};
 }
@@ -496,6 +532,13 @@ extern "C" {
       T* grad_x, float* grad_weights, T* grad_gate_up, T* grad_down, T* rows, T* work) {                               \
     ernie5::moe_backward<T>(x, weights, order, offsets, gate_up, down, hidden, grad_y, tokens, top_k, dim, experts,    \
                             width, grad_x, grad_weights, grad_gate_up, grad_down, rows, work);                         \
+  }                                                                                                                    \
+  void ernie5_moe_ffn_backward_weights_cpu_##SUFFIX(                                                                   \
+      const T* const* x, const T* const* grad_y, const T* const* work, const int32_t* const* order,                    \
+      const int32_t* const* offsets, const int64_t* tokens, int64_t parts, int64_t top_k, int64_t dim,                 \
+      int64_t experts, int64_t width, T* grad_gate_up, T* grad_down) {                                                 \
+    ernie5::moe_backward_weights<T>(x, grad_y, work, order, offsets, tokens, parts, top_k, dim, experts, width,        \
+                                    grad_gate_up, grad_down);                                                          \
   }                                                                                                                    \
   void ernie5_dense_ffn_forward_cpu_##SUFFIX(const T* x, const T* gate_up, const T* down, int64_t rows, int64_t dim,   \
                                              int64_t width, T* y, T* hidden) {                                         \

@@ -160,7 +160,7 @@ class ParallelConfig:
     sharding_stage: int = 1  # 1: optimizer state; 2: gradients too, of each block as soon as it has run backward
     expert: int = 1  # ranks that share the routed experts, out of data x sharding x context x tensor of a stage
     dispatcher: str = "all_to_all"  # local | all_to_all | all_to_all_overlapped | deepep; expert = 1 is always local
-    dispatch_chunks: int = 4  # parts in which all_to_all_overlapped moves the tokens
+    dispatch_chunks: int = 2  # parts in which all_to_all_overlapped moves the tokens
     timeout_seconds: float = 600.0  # how long a rank may keep others waiting; six times that at the start and in saving
     # On CPUs, with as many ranks on a host as cores: each has a core of its own, kept awake (ernie5/parallel/awake.py).
     active_wait: bool = True

@@ -62,7 +62,7 @@ class _Combine(PyLayer):
         p = permutation
         picked = paddle.gather(_with_zero_row(rows.reshape([-1, rows.shape[-1]])), p.slot)
         picked = picked.reshape([p.tokens, p.top_k, rows.shape[-1]])
-        ctx.permutation = p
+        ctx.permutation, ctx.wanted = p, (not rows.stop_gradient, not weights.stop_gradient)
         ctx.save_for_backward(picked, weights)
         return paddle.matmul(weights.unsqueeze(1), picked).squeeze(1)
 
@@ -74,7 +74,8 @@ class _Combine(PyLayer):
         rows = paddle.gather(_with_zero_row(grad), p.source)
         size = p.shape[0] * p.capacity
         row_weight = paddle.scatter(paddle.zeros([size + 1], dtype=weights.dtype), p.slot, weights.flatten())[:size]
-        return (rows * row_weight.unsqueeze(-1)).reshape([*p.shape, -1]), grad_weights
+        grads = (rows * row_weight.unsqueeze(-1)).reshape([*p.shape, -1]), grad_weights
+        return tuple(grad if wanted else None for grad, wanted in zip(grads, ctx.wanted, strict=True))
 
 
 def moe_ffn(
@@ -97,6 +98,81 @@ def moe_ffn(
     rows = _Dispatch.apply(x, permutation)
     rows = paddle.bmm(F.swiglu(paddle.bmm(rows, gate_up)), down)
     return _Combine.apply(rows, weights, permutation)
+
+
+class ExpertsInParts:
+    """``moe_ffn`` of tokens that come in parts: a backward for each as soon as its gradient is there.
+
+    gate_up [E,D,2F] and down [E,F,D] are those of all parts; ``wanted``: whether gradients of x and of weights are. The
+    kernels leave the experts' weights to the end and sum over all parts in one product, where sums part by part would
+    move all weights each time. The reference is a graph a part.
+    """
+
+    def __init__(
+        self, gate_up: paddle.Tensor, down: paddle.Tensor, wanted: tuple[bool, bool], keep_graph: bool
+    ) -> None:
+        self.gate_up, self.down = (_leaf(tensor, not tensor.stop_gradient) for tensor in (gate_up, down))
+        self.wanted, self.keep_graph = wanted, keep_graph
+        self._open: dict[int, tuple[paddle.Tensor, ...]] = {}  # by part, between forward and backward
+        self._closed: list[tuple[paddle.Tensor, ...]] = []  # what the weights' gradients are made of
+
+    def forward(
+        self, part: int, x: paddle.Tensor, weights: paddle.Tensor, order: paddle.Tensor, offsets: paddle.Tensor
+    ) -> paddle.Tensor:
+        """y [T,D] of the part's x [T,D], weights [T,K], order [T*K] and offsets [E+1], as in ``moe_ffn``."""
+        if kernels.serves("moe_ffn_backward_rows", x, self.gate_up, self.down):
+            inputs = [x, weights, order, offsets, self.gate_up, self.down]
+            with paddle.no_grad():
+                y, hidden = kernels.call("moe_ffn", inputs)
+            if self.keep_graph:
+                self._open[part] = (*inputs, hidden)
+            return y
+        x, weights = (_leaf(tensor, wanted) for tensor, wanted in zip((x, weights), self.wanted, strict=True))
+        with paddle.set_grad_enabled(self.keep_graph):
+            y = moe_ffn(x, weights, order, offsets, self.gate_up, self.down)
+        if self.keep_graph:
+            self._open[part] = x, weights, y
+        return y.detach()
+
+    def backward(self, part: int, grad_y: paddle.Tensor) -> tuple[paddle.Tensor | None, paddle.Tensor | None]:
+        """Gradients of the part's x and weights, None where not wanted. grad_y [T,D]."""
+        *inputs, last = self._open.pop(part)
+        if len(inputs) > 2:
+            x, _, order, offsets, *_ = inputs
+            with paddle.no_grad():
+                *grads, work = kernels.call("moe_ffn_backward_rows", [*inputs, last, grad_y])
+            self._closed.append((x, grad_y, work, order, offsets))
+            x, weights = (grad if wanted else None for grad, wanted in zip(grads, self.wanted, strict=True))
+            return x, weights
+        if not last.stop_gradient:
+            paddle.autograd.backward([last], [grad_y])
+        x, weights = map(gradient, inputs)
+        return x, weights
+
+    def weight_gradients(self) -> tuple[paddle.Tensor | None, paddle.Tensor | None]:
+        """Gradients of gate_up and down over all parts, None where they are frozen."""
+        leaves = self.gate_up, self.down
+        if not self._closed or all(leaf.stop_gradient for leaf in leaves):
+            gate_up, down = map(gradient, leaves)
+            return gate_up, down
+        with paddle.no_grad():
+            grads = kernels.call("moe_ffn_backward_weights", [*map(list, zip(*self._closed, strict=True)), *leaves])
+        self._closed = []
+        gate_up, down = (None if leaf.stop_gradient else grad for leaf, grad in zip(leaves, grads, strict=True))
+        return gate_up, down
+
+
+def _leaf(tensor: paddle.Tensor, wanted: bool) -> paddle.Tensor:
+    leaf = tensor.detach()
+    leaf.stop_gradient = not wanted
+    return leaf
+
+
+def gradient(leaf: paddle.Tensor) -> paddle.Tensor | None:
+    """What gathered on a leaf; None where none is wanted."""
+    if leaf.stop_gradient:
+        return None
+    return leaf.grad if leaf.grad is not None else paddle.zeros_like(leaf)
 
 
 def dense_ffn(x: paddle.Tensor, gate_up: paddle.Tensor, down: paddle.Tensor) -> paddle.Tensor:

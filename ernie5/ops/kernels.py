@@ -23,6 +23,8 @@ SERVED_DTYPES = {paddle.float32, paddle.bfloat16}
 INTEGER_DTYPES = {paddle.int32, paddle.int64}
 OPS = {  # op -> what the model uses it for
     "moe_ffn": "routed experts",
+    "moe_ffn_backward_rows": "routed experts of tokens that come in parts, on the CPU",
+    "moe_ffn_backward_weights": "gradients of their weights, over all parts",
     "dense_ffn": "shared expert; float32 on the CPU is linear around swiglu",
     "swiglu": "activation of the shared expert in float32, on the CPU",
     "linear": "projections and heads in bfloat16; in float32 where the processor has AMX, else Paddle's matmul",

@@ -10,7 +10,7 @@ group make it equally often and in the same order, with no tokens (T = 0) if nee
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
@@ -19,7 +19,7 @@ from paddle.autograd import PyLayer, PyLayerContext
 from paddle.distributed.communication.group import Group
 
 from ernie5.ops.elementwise import add
-from ernie5.ops.experts import moe_ffn
+from ernie5.ops.experts import ExpertsInParts, gradient, moe_ffn
 from ernie5.ops.route import Routing, permutation
 from ernie5.parallel import exchange
 from ernie5.parallel.exchange import InFlight, timeline
@@ -46,7 +46,7 @@ class Dispatcher(Protocol):
 DISPATCHERS = ("local", "all_to_all", "all_to_all_overlapped", "deepep")
 
 
-def make_dispatcher(name: str, group: Group | None = None, chunks: int = 4) -> Dispatcher:
+def make_dispatcher(name: str, group: Group | None = None, chunks: int = 2) -> Dispatcher:
     """The dispatcher ``name`` for the ranks of ``group``; a group of one has all experts and needs no other than local.
 
     ``chunks``: in how many parts ``all_to_all_overlapped`` moves the tokens of a rank.
@@ -116,10 +116,11 @@ class Overlapped:
 
     Forward: the rows of all chunks leave at once; the shared expert is computed while the first arrives; each chunk is
     sent back as soon as it is computed, the last ones behind this rank's own tokens for its own experts. Backward the
-    same, with gradients. On the CPU threads of the group move the rows, on a GPU a stream of NCCL's.
+    same, with gradients; the last ones travel behind those of the experts' weights, summed over all chunks at once. On
+    the CPU threads of the group move the rows, on a GPU a stream of NCCL's.
     """
 
-    def __init__(self, group: Group, chunks: int = 4) -> None:
+    def __init__(self, group: Group, chunks: int = 2) -> None:
         self.group, self.chunks = group, chunks
 
     def __call__(
@@ -223,33 +224,21 @@ def compute_experts(
 # --------------------------------------------------------------------------------------------------------- overlapping
 
 
-class _Graph:
-    """A piece of the forward with a graph of its own, so that the backward can run it when its gradient arrives."""
+class _Shared:
+    """The shared expert with a graph of its own, whose backward runs when it suits."""
 
-    def __init__(self, function: Callable, inputs: Sequence[paddle.Tensor], label: str, grad: bool) -> None:
-        self.inputs, self.label = inputs, label
-        with timeline.span("compute", label), paddle.set_grad_enabled(grad):
-            output = function(*inputs)
+    def __init__(self, function: Shared, x: paddle.Tensor, grad: bool) -> None:
+        self.x = x.detach()
+        self.x.stop_gradient = x.stop_gradient
+        with timeline.span("compute", "shared"), paddle.set_grad_enabled(grad):
+            output = function(self.x)
         self.output, self.value = (output if grad else None), output.detach()
 
     def backward(self, grad: paddle.Tensor) -> None:
-        with timeline.span("compute", self.label):
+        with timeline.span("compute", "shared"):
             if not self.output.stop_gradient:
                 paddle.autograd.backward([self.output], [grad])
         self.output = None
-
-
-def _leaf(tensor: paddle.Tensor, like: paddle.Tensor) -> paddle.Tensor:
-    leaf = tensor.detach()
-    leaf.stop_gradient = like.stop_gradient
-    return leaf
-
-
-def _gradient(leaf: paddle.Tensor) -> paddle.Tensor | None:
-    """What gathered on a leaf; None where none is wanted."""
-    if leaf.stop_gradient:
-        return None
-    return leaf.grad if leaf.grad is not None else paddle.zeros_like(leaf)
 
 
 class _Work:
@@ -257,8 +246,7 @@ class _Work:
 
     def __init__(self, plan: _Plan, group: Group, shared: Shared | None, grad: bool) -> None:
         self.plan, self.group, self.shared, self.grad = plan, group, shared, grad
-        self.graphs: dict[int, _Graph] = {}  # by part
-        self.dense: _Graph | None = None
+        self.dense: _Shared | None = None
 
     def dispatch(self, tensor: paddle.Tensor, part: int, label: str) -> InFlight:
         """The rows [S,...] of one part to the ranks that hold their experts."""
@@ -278,26 +266,23 @@ class _Work:
         self, x: paddle.Tensor, weights: paddle.Tensor, gate_up: paddle.Tensor, down: paddle.Tensor
     ) -> paddle.Tensor:
         plan = self.plan
-        self.gate_up, self.down = _leaf(gate_up, gate_up), _leaf(down, down)
+        self.experts = ExpertsInParts(gate_up, down, (not x.stop_gradient, not weights.stop_gradient), self.grad)
         sources = plan.to_rows(x), plan.to_rows(weights), plan.experts
         coming = [[self.dispatch(t, part, "dispatch") for t in reversed(sources)] for part in self.remote]
         if self.shared is not None:
-            self.dense = _Graph(self.shared, [_leaf(x, x)], "shared", self.grad)
+            self.dense = _Shared(self.shared, x, self.grad)
         going = []
         for part, parts in zip(self.remote, coming, strict=True):
             experts, row_weights, rows = (flight.wait() for flight in parts)
-            going.append(self.combine(self.compute(part, [rows, row_weights, experts], x, weights), part, "combine"))
-        own = self.compute(0, [plan.part(t, 0) for t in sources], x, weights)
+            going.append(self.combine(self.compute(part, rows, row_weights, experts), part, "combine"))
+        own = self.compute(0, *(plan.part(t, 0) for t in sources))
         routed = plan.to_tokens(own, *(flight.wait() for flight in going))
         return routed if self.dense is None else add(routed, self.dense.value)
 
-    def compute(
-        self, part: int, arrived: list[paddle.Tensor], x: paddle.Tensor, weights: paddle.Tensor
-    ) -> paddle.Tensor:
-        rows, row_weights, experts = arrived
-        inputs = [_leaf(rows, x), _leaf(row_weights, weights), experts, self.gate_up, self.down]
-        self.graphs[part] = _Graph(compute_experts, inputs, f"experts {part}", self.grad)
-        return self.graphs[part].value
+    def compute(self, part: int, rows: paddle.Tensor, weights: paddle.Tensor, experts: paddle.Tensor) -> paddle.Tensor:
+        with timeline.span("compute", f"experts {part}"):
+            _, order, offsets = permutation(experts, self.experts.gate_up.shape[0])
+            return self.experts.forward(part, rows, weights, order, offsets)
 
     def backward(self, grad: paddle.Tensor) -> tuple[paddle.Tensor | None, ...]:
         """Gradients of x, weights, gate_up and down, None where none is wanted."""
@@ -311,16 +296,17 @@ class _Work:
             results = self.run_backward(part, flight.wait())
             going.append([None if t is None else self.combine(t, part, "combine") for t in results])
         own = self.run_backward(0, plan.part(grads, 0))
+        with timeline.span("compute", "weights"):
+            gate_up, down = self.experts.weight_gradients()
         x, weights = (self.collect(*parts) for parts in zip(own, *going, strict=True))
         if x is not None and self.dense is not None:
-            x = add(x, _gradient(self.dense.inputs[0]))
-        return x, weights, _gradient(self.gate_up), _gradient(self.down)
+            x = add(x, gradient(self.dense.x))
+        return x, weights, gate_up, down
 
     def run_backward(self, part: int, grad: paddle.Tensor) -> tuple[paddle.Tensor | None, paddle.Tensor | None]:
         """Gradients of the part's rows and of their weights."""
-        graph = self.graphs.pop(part)
-        graph.backward(grad)
-        return _gradient(graph.inputs[0]), _gradient(graph.inputs[1])
+        with timeline.span("compute", f"experts {part}"):
+            return self.experts.backward(part, grad)
 
     def collect(self, own: paddle.Tensor | None, *others: InFlight | None) -> paddle.Tensor | None:
         return None if own is None else self.plan.to_tokens(own, *(flight.wait() for flight in others))

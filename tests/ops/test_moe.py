@@ -2,7 +2,7 @@ import numpy as np
 import paddle
 import pytest
 
-from ernie5.ops.experts import moe_ffn
+from ernie5.ops.experts import ExpertsInParts, moe_ffn
 from ernie5.ops.route import permutation, route
 
 
@@ -66,6 +66,42 @@ def test_forward_and_gradients_equal_a_loop(kind):
             step = step.reshape(array.shape)
             slope = (value({**arrays, name: array + step}) - value({**arrays, name: array - step})) / 2e-6
             assert tensors[name].grad.numpy().ravel()[index] == pytest.approx(slope, abs=1e-6), (name, index)
+
+
+@pytest.mark.parametrize("frozen", ["", "x", "weights", "gate_up", "gate_up down"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])  # by the kernels where there are any, by the reference
+def test_parts_have_the_gradients_of_the_whole(dtype, kind, frozen):
+    rng = np.random.default_rng(2)
+    experts, weights = case(kind, rng)
+    shapes = {"gate_up": (5, 6, 8), "down": (5, 4, 6), "x": (len(experts), 6), "grad_y": (len(experts), 6)}
+    arrays = {"weights": weights, **{name: rng.standard_normal(shape) for name, shape in shapes.items()}}
+    t = {name: paddle.to_tensor(array.astype(dtype)) for name, array in arrays.items()}
+    for name in ("x", "weights", "gate_up", "down"):
+        t[name].stop_gradient = name in frozen.split()
+    routed = paddle.to_tensor(experts.astype(np.int32))
+    whole = moe_ffn(t["x"], t["weights"], *permutation(routed, 5)[1:], t["gate_up"], t["down"])
+    whole.backward(t["grad_y"])
+
+    wanted = not t["x"].stop_gradient, not t["weights"].stop_gradient
+    parts = ExpertsInParts(t["gate_up"], t["down"], wanted, keep_graph=True)
+    pieces = [slice(0, 1), slice(1, 1), slice(1, len(experts))]
+    found = {"y": [], "x": [], "weights": []}
+    for number, piece in enumerate(pieces):
+        routing = permutation(routed[piece], 5)[1:]
+        found["y"].append(parts.forward(number, t["x"][piece], t["weights"][piece], *routing))
+    for number, piece in enumerate(pieces):
+        for name, grad in zip(("x", "weights"), parts.backward(number, t["grad_y"][piece]), strict=True):
+            found[name].append(grad)
+    sums = dict(zip(("gate_up", "down"), parts.weight_gradients(), strict=True))
+    tolerance = 1e-5 if dtype == "float32" else 1e-12
+    np.testing.assert_allclose(paddle.concat(found.pop("y")).numpy(), whole.numpy(), atol=tolerance)
+    for name, grad in {**found, **sums}.items():
+        if t[name].stop_gradient:
+            assert grad in (None, [None] * 3), name
+            continue
+        grad = paddle.concat(grad) if name in found else grad
+        np.testing.assert_allclose(grad.numpy(), t[name].grad.numpy(), atol=tolerance, err_msg=name)
 
 
 @pytest.mark.parametrize("activation", ["sigmoid", "softmax"])
