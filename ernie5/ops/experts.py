@@ -113,8 +113,10 @@ class ExpertsInParts:
     ) -> None:
         self.gate_up, self.down = (_leaf(tensor, not tensor.stop_gradient) for tensor in (gate_up, down))
         self.wanted, self.keep_graph = wanted, keep_graph
-        self._open: dict[int, tuple[paddle.Tensor, ...]] = {}  # by part, between forward and backward
-        self._closed: list[tuple[paddle.Tensor, ...]] = []  # what the weights' gradients are made of
+        # By part, between its forward and its backward: the kernels' inputs and hidden, or the reference's graph.
+        self._kept: dict[int, tuple[list[paddle.Tensor], paddle.Tensor]] = {}
+        self._graphs: dict[int, tuple[paddle.Tensor, paddle.Tensor, paddle.Tensor]] = {}
+        self._through: list[tuple[paddle.Tensor, ...]] = []  # what the kernels make the weights' gradients of
 
     def forward(
         self, part: int, x: paddle.Tensor, weights: paddle.Tensor, order: paddle.Tensor, offsets: paddle.Tensor
@@ -125,39 +127,40 @@ class ExpertsInParts:
             with paddle.no_grad():
                 y, hidden = kernels.call("moe_ffn", inputs)
             if self.keep_graph:
-                self._open[part] = (*inputs, hidden)
+                self._kept[part] = inputs, hidden
             return y
         x, weights = (_leaf(tensor, wanted) for tensor, wanted in zip((x, weights), self.wanted, strict=True))
         with paddle.set_grad_enabled(self.keep_graph):
             y = moe_ffn(x, weights, order, offsets, self.gate_up, self.down)
         if self.keep_graph:
-            self._open[part] = x, weights, y
+            self._graphs[part] = x, weights, y
         return y.detach()
 
     def backward(self, part: int, grad_y: paddle.Tensor) -> tuple[paddle.Tensor | None, paddle.Tensor | None]:
         """Gradients of the part's x and weights, None where not wanted. grad_y [T,D]."""
-        *inputs, last = self._open.pop(part)
-        if len(inputs) > 2:
-            x, _, order, offsets, *_ = inputs
-            with paddle.no_grad():
-                *grads, work = kernels.call("moe_ffn_backward_rows", [*inputs, last, grad_y])
-            self._closed.append((x, grad_y, work, order, offsets))
-            x, weights = (grad if wanted else None for grad, wanted in zip(grads, self.wanted, strict=True))
-            return x, weights
-        if not last.stop_gradient:
-            paddle.autograd.backward([last], [grad_y])
-        x, weights = map(gradient, inputs)
-        return x, weights
+        if part in self._graphs:
+            x, weights, y = self._graphs.pop(part)
+            if not y.stop_gradient:
+                paddle.autograd.backward([y], [grad_y])
+            return gradient(x), gradient(weights)
+        inputs, hidden = self._kept.pop(part)
+        with paddle.no_grad():
+            *grads, work = kernels.call("moe_ffn_backward_rows", [*inputs, hidden, grad_y])
+        x, _, order, offsets, *_ = inputs
+        self._through.append((x, grad_y, work, order, offsets))
+        grad_x, grad_weights = (grad if wanted else None for grad, wanted in zip(grads, self.wanted, strict=True))
+        return grad_x, grad_weights
 
     def weight_gradients(self) -> tuple[paddle.Tensor | None, paddle.Tensor | None]:
         """Gradients of gate_up and down over all parts, None where they are frozen."""
         leaves = self.gate_up, self.down
-        if not self._closed or all(leaf.stop_gradient for leaf in leaves):
+        if not self._through or all(leaf.stop_gradient for leaf in leaves):
             gate_up, down = map(gradient, leaves)
             return gate_up, down
+        parts = map(list, zip(*self._through, strict=True))
         with paddle.no_grad():
-            grads = kernels.call("moe_ffn_backward_weights", [*map(list, zip(*self._closed, strict=True)), *leaves])
-        self._closed = []
+            grads = kernels.call("moe_ffn_backward_weights", [*parts, *leaves])
+        self._through = []
         gate_up, down = (None if leaf.stop_gradient else grad for leaf, grad in zip(leaves, grads, strict=True))
         return gate_up, down
 
