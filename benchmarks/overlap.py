@@ -364,7 +364,7 @@ def find_rate(network: Network) -> float:
     for _ in range(2):  # headers and acknowledgements take some of it
         network.shape(mbit)
         waits = statistics.median(network.seconds("all_to_all", 3)) - compute
-        mbit *= waits / experts
+        mbit *= min(max(waits / experts, 0.5), 2.0)  # one slow step must not choose a link of nothing
     return mbit
 
 
