@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from ctypes import c_int64, c_void_p
 
@@ -13,13 +12,11 @@ from tests.ops.harness._bfloat16 import from_bf16, to_bf16, unrounded
 KINDS = ("f32", "bf16")
 FORWARD = [c_void_p] * 6 + [c_int64] * 5 + [c_void_p] * 3
 BACKWARD = [c_void_p] * 8 + [c_int64] * 5 + [c_void_p] * 6
-BACKWARD_WEIGHTS = [c_void_p] * 6 + [c_int64] * 5 + [c_void_p] * 2
 DENSE_FORWARD = [c_void_p] * 3 + [c_int64] * 3 + [c_void_p] * 2
 DENSE_BACKWARD = [c_void_p] * 5 + [c_int64] * 3 + [c_void_p] * 4
 SIGNATURES = {
     **{f"ernie5_moe_ffn_forward_cpu_{kind}": FORWARD for kind in KINDS},
     **{f"ernie5_moe_ffn_backward_cpu_{kind}": BACKWARD for kind in KINDS},
-    **{f"ernie5_moe_ffn_backward_weights_cpu_{kind}": BACKWARD_WEIGHTS for kind in KINDS},
     **{f"ernie5_dense_ffn_forward_cpu_{kind}": DENSE_FORWARD for kind in KINDS},
     **{f"ernie5_dense_ffn_backward_cpu_{kind}": DENSE_BACKWARD for kind in KINDS},
 }
@@ -54,10 +51,10 @@ def _routing(rng: np.random.Generator, tokens: int, top_k: int, experts: int, wh
         chosen[rng.random(tokens) < 0.3] = -1
     if who == "nobody":
         chosen[:] = -1
-    return _sorted(chosen.reshape(-1), experts)
+    return grouped(chosen.reshape(-1), experts)
 
 
-def _sorted(chosen: np.ndarray, experts: int) -> tuple[np.ndarray, np.ndarray]:
+def grouped(chosen: np.ndarray, experts: int) -> tuple[np.ndarray, np.ndarray]:
     """order and offsets of the assignments, whose experts (-1: none) are ``chosen``."""
     order = np.argsort(np.where(chosen < 0, experts, chosen), kind="stable")
     offsets = np.concatenate([[0], np.cumsum([(chosen == e).sum() for e in range(experts)])])
@@ -87,17 +84,21 @@ def _case(
 
 
 def run(call: Callable[..., object], case: dict) -> dict[str, np.ndarray]:
-    kind = case["kind"]
-    given = {name: to_bf16(case[name]) if kind == "bf16" else case[name] for name in SHARED}
+    given, blank = typed(case)
+    result = _run_grouped(call, case, given, blank) | _run_dense(call, case["kind"], given, blank)
+    return compared(case["kind"], result, reference(case))
 
-    def blank(*shape: int) -> np.ndarray:
-        return np.full(shape, 7, given["x"].dtype)
 
-    result = _run_grouped(call, case, given, blank) | _run_dense(call, kind, given, blank)
-    result |= _run_parts(call, case, given, blank)
+def typed(case: dict) -> tuple[dict[str, np.ndarray], Callable]:
+    """The inputs of the call's type, and what makes outputs of it, full of sevens."""
+    given = {name: to_bf16(case[name]) if case["kind"] == "bf16" else case[name] for name in SHARED}
+    return given, lambda *shape: np.full(shape, 7, given["x"].dtype)
+
+
+def compared(kind: str, result: dict, wanted: dict) -> dict[str, np.ndarray]:
+    """``result`` without the roundings that bfloat16 may have."""
     if kind == "f32":
         return result
-    wanted = reference(case)
     result = {name: from_bf16(value) if value.dtype == np.uint16 else value for name, value in result.items()}
     slack = {name: HALVES * max(1.0, float(np.abs(value).max(initial=0.0))) for name, value in wanted.items()}
     return {name: unrounded(value, wanted[name], slack[name]) for name, value in result.items()}
@@ -122,40 +123,6 @@ def _run_grouped(call: Callable, case: dict, given: dict, blank: Callable) -> di
     call(f"ernie5_moe_ffn_forward_cpu_{kind}", *inputs, *sizes, inference, None, scratch)
     np.testing.assert_array_equal(inference, y)
     return {"y": y, **grads}
-
-
-def _run_parts(call: Callable, case: dict, given: dict, blank: Callable) -> dict[str, np.ndarray]:
-    """The backward in two steps: of three parts, one of them empty, then of the experts' weights over all of them."""
-    kind, (x, gate_up, down, grad_y) = case["kind"], given.values()
-    (tokens, dim), (experts, width), top_k = x.shape, down.shape[:2], case["weights"].shape[1]
-    chosen = np.full(tokens * top_k, -1)
-    for e, (first, last) in enumerate(itertools.pairwise(case["offsets"])):
-        chosen[case["order"][first:last]] = e
-    parts, grads = [], {"parts_grad_x": [], "parts_grad_weights": []}
-    for first, last in itertools.pairwise((0, tokens // 3, tokens // 3, tokens)):
-        order, offsets = _sorted(chosen[first * top_k : last * top_k], experts)
-        xs, ys, weights = (np.ascontiguousarray(a[first:last]) for a in (x, grad_y, case["weights"]))
-        sizes, rows = (last - first, top_k, dim, experts, width), len(order)
-        y, hidden, scratch, work = (
-            blank(*xs.shape),
-            blank(rows, 2 * width),
-            blank(rows, dim),
-            blank(rows, 3 * width + 64),
-        )
-        inputs = (xs, weights, order, offsets, gate_up, down)
-        call(f"ernie5_moe_ffn_forward_cpu_{kind}", *inputs, *sizes, y, hidden, scratch)
-        grad_x, grad_weights = blank(*xs.shape), np.full(weights.shape, 7.0, np.float32)
-        outputs = (grad_x, grad_weights, None, None, scratch, work)
-        call(f"ernie5_moe_ffn_backward_cpu_{kind}", *inputs, hidden, ys, *sizes, *outputs)
-        grads["parts_grad_x"].append(grad_x)
-        grads["parts_grad_weights"].append(grad_weights)
-        parts.append((xs, ys, work, order, offsets))
-    lists = [np.array([array.ctypes.data for array in kept], np.uint64) for kept in zip(*parts, strict=True)]
-    counts = np.array([len(part[0]) for part in parts], np.int64)
-    sums = {"parts_grad_gate_up": blank(*gate_up.shape), "parts_grad_down": blank(*down.shape)}
-    sizes = (len(parts), top_k, dim, experts, width)
-    call(f"ernie5_moe_ffn_backward_weights_cpu_{kind}", *lists, counts, *sizes, *sums.values())
-    return {name: np.concatenate(pieces) for name, pieces in grads.items()} | sums
 
 
 def _run_dense(call: Callable, kind: str, given: dict, blank: Callable) -> dict[str, np.ndarray]:
@@ -201,7 +168,6 @@ def reference(case: dict) -> dict[str, np.ndarray]:
         np.add.at(result["y"], tokens, rows * weight)
         np.add.at(result["grad_x"], tokens, grad_rows)
         result["grad_weights"][tokens, slots] = (rows * grad_y[tokens]).sum(1)
-    result |= {f"parts_{name}": result[name] for name in ("grad_x", "grad_weights", "grad_gate_up", "grad_down")}
     dense = _expert(x, gate_up[0], down[0], grad_y)
     names = ("dense_y", "dense_grad_x", "dense_grad_gate_up", "dense_grad_down")
     return result | dict(zip(names, dense, strict=True))
