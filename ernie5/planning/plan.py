@@ -11,7 +11,7 @@ from ernie5.planning.layout import Layout, micro_batches
 from ernie5.planning.machine import Machine
 from ernie5.planning.memory import MILD_SKEW, RankMemory, StageMemory
 from ernie5.planning.shards import Held, held_by_stage
-from ernie5.planning.timing import StepTime, stage_time, step_flops, step_tokens
+from ernie5.planning.timing import StepTime, stage_time, step_flops, step_tokens, turn_seconds
 
 GB = 1e9
 BUSY = 0.9  # share of a device's memory above which a plan is called tight
@@ -120,7 +120,10 @@ def make_plan(name: str, config: Config, machine: Machine, world: int = 0, quick
     p = layout.pipeline
     chosen = sorted({0, min(1, p - 1), max(p - 2, 0), p - 1} if quick else range(p))
     stages = [_stage(config, layout, machine, stage) for stage in chosen]
-    times = {stage: stage_time(config, layout, machine, stage) for stage in chosen}
+    turns = {stage: turn_seconds(config, layout, machine, stage) for stage in chosen}
+    left_out = (p - len(chosen)) * turns[min(1, p - 1)]  # those between are alike
+    every = sum(turns.values()) + left_out
+    times = {stage: stage_time(config, layout, machine, stage, every - turns[stage]) for stage in chosen}
     slowest = max(chosen, key=lambda stage: times[stage][0].total)
     return Plan(name, config, layout, machine, stages, times[slowest][0], slowest, times[slowest][1])
 

@@ -3,7 +3,8 @@
 A product takes its operations at the rate of a large one, and, where a machine says so, its operands' way to and from
 memory on top: that is most of it where few values are multiplied with each other, and all that bfloat16 only halves.
 A micro-batch costs each stage forward, backward (twice the operations) and, where blocks are recomputed, forward again;
-the slowest stage sets the pace of (m + (P-1)/v) turns. Expert loads are taken as even.
+the slowest stage sets the pace of m turns; the pipeline fills and drains through a v-th of a turn of every other one.
+Expert loads are taken as even.
 """
 
 from __future__ import annotations
@@ -70,19 +71,29 @@ def step_tokens(config: Config, layout: Layout) -> int:
     return rows * config.model.max_sequence_length
 
 
-def stage_time(config: Config, layout: Layout, machine: Machine, stage: int) -> tuple[StepTime, list[Traffic]]:
-    """The time a step would take if every stage were like this one, and its messages."""
-    count, idle = micro_batches(config.trainer), (layout.pipeline - 1) / layout.virtual
+def turn_seconds(config: Config, layout: Layout, machine: Machine, stage: int) -> float:
+    """Seconds of a micro-batch in a stage, forward and backward, with the messages that nothing hides."""
+    repeated = sum(t.exposed for t in StageTraffic(config, layout, machine, stage).all() if t.each_micro_batch)
+    own = sum(part(config, layout, machine, stage) for part in (_compute, _traffic, _overhead))
+    return own + repeated / micro_batches(config.trainer)
+
+
+def stage_time(
+    config: Config, layout: Layout, machine: Machine, stage: int, others: float
+) -> tuple[StepTime, list[Traffic]]:
+    """The time of a step that this stage sets the pace of, and its messages.
+
+    ``others``: ``turn_seconds`` of all other stages together, which the first and the last micro-batch pass through.
+    That is exact for the last stage, which has the heads; an earlier one waits less.
+    """
+    count = micro_batches(config.trainer)
     traffic = StageTraffic(config, layout, machine, stage).all()
     compute, passing = _compute(config, layout, machine, stage), _traffic(config, layout, machine, stage)
     overhead = _overhead(config, layout, machine, stage)
-    repeated = sum(t.exposed for t in traffic if t.each_micro_batch)
-    once = sum(t.exposed for t in traffic if not t.each_micro_batch)
-    turn = compute + passing + overhead + repeated / count
-    bubble = idle * turn * machine.idle_share(layout.stage_ranks, layout.world)
+    exposed = sum(t.exposed for t in traffic)
+    bubble = others / layout.virtual * machine.idle_share(layout.stage_ranks, layout.world)
     update = _update(config, layout, machine, stage)
-    time = StepTime(compute * count, passing * count, overhead * count, repeated + once, update, bubble)
-    return time, traffic
+    return StepTime(compute * count, passing * count, overhead * count, exposed, update, bubble), traffic
 
 
 def _blocks(config: Config, layout: Layout, stage: int) -> int:

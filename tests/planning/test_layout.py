@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
-from ernie5.config import ParallelConfig, model_preset
-from ernie5.planning import Layout, smallest_world
+from ernie5.config import ParallelConfig, load_config, model_preset
+from ernie5.planning import Layout, load_machine, make_plan, smallest_world
 from ernie5.planning.layout import ranks_of_a_token
+from ernie5.planning.timing import turn_seconds
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def layout(world: int = 0, **degrees) -> Layout:
@@ -74,11 +78,11 @@ def test_in_flight_is_what_the_schedule_holds(stages, chunks, count):
         assert held == 0 and made.in_flight(stage, count) == most
 
 
-@pytest.mark.parametrize(("stages", "count"), [(2, 4), (4, 8), (4, 3), (3, 12)])
-def test_bubble_is_the_idle_share_of_a_schedule_played_out(stages, count):
-    """Each pass takes one unit (forward and backward alike) once what it waits for is done."""
-    done: dict[tuple[int, str, int], int] = {}
-    clock, queue = [0] * stages, [moves(stages, 1, stage, count) for stage in range(stages)]
+def played(count: int, forward: list[float], backward: list[float]) -> float:
+    """When the last stage is through, if a pass takes each stage so long once what it waits for is done."""
+    stages = len(forward)
+    done: dict[tuple[int, str, int], float] = {}
+    clock, queue = [0.0] * stages, [moves(stages, 1, stage, count) for stage in range(stages)]
     while any(queue):
         for stage in range(stages):
             if not queue[stage]:
@@ -88,11 +92,29 @@ def test_bubble_is_the_idle_share_of_a_schedule_played_out(stages, count):
             outside = before[0] in (-1, stages)
             if not outside and before not in done:
                 continue
-            clock[stage] = max(clock[stage], done.get(before, 0)) + 1
+            clock[stage] = max(clock[stage], done.get(before, 0)) + (forward if what == "F" else backward)[stage]
             done[stage, what, i] = clock[stage]
             queue[stage].pop(0)
-    idle = 1 - 2 * count / max(clock)
+    return max(clock)
+
+
+@pytest.mark.parametrize(("stages", "count"), [(2, 4), (4, 8), (4, 3), (3, 12)])
+def test_bubble_is_the_idle_share_of_a_schedule_played_out(stages, count):
+    idle = 1 - 2 * count / played(count, [1] * stages, [1] * stages)
     assert layout(pipeline=stages).bubble(count) == pytest.approx(idle)
+
+
+@pytest.mark.parametrize(("stages", "count"), [(2, 4), (4, 8), (4, 3)])
+def test_a_step_of_uneven_stages_takes_as_long_as_their_schedule_played_out(stages, count):
+    """The heads make the last stage the slowest."""
+    config = load_config(ROOT / "fleet_configs" / "gpu_8.yaml", [f"parallel.pipeline={stages}"])
+    config = dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, gradient_accumulation=count))
+    plan = make_plan("", config, load_machine("h100"), 8 * stages)
+    turns = [turn_seconds(config, plan.layout, plan.machine, stage) for stage in range(stages)]
+    assert plan.slowest == stages - 1 and turns[-1] > 1.1 * turns[0]
+    once = plan.time.optimizer + sum(t.exposed for t in plan.traffic if not t.each_micro_batch)
+    wanted = played(count, [turn / 3 for turn in turns], [turn * 2 / 3 for turn in turns])
+    assert plan.time.total - once == pytest.approx(wanted)
 
 
 @pytest.mark.parametrize(("experts", "expert", "top_k"), [(4, 2, 2), (6, 3, 2), (8, 4, 3)])
