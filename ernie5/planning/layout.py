@@ -104,7 +104,7 @@ class Layout:
         return min(ahead + 1, micro_batches * self.virtual)
 
     def bubble(self, micro_batches: int) -> float:
-        """Share of a step in which a stage waits: (P-1)/v of m + (P-1)/v turns (arXiv 2104.04473 eq. 1)."""
+        """Share of a step in which one of equal stages waits: (P-1)/v of m + (P-1)/v turns (arXiv 2104.04473 eq. 1)."""
         idle = (self.pipeline - 1) / self.virtual
         return idle / (micro_batches + idle)
 
